@@ -1,0 +1,48 @@
+"""Self-distilled pruning for Hugging Face models.
+
+Names are imported when they are first used, so that `import sdprune` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdprune.config import SDPruneConfig as SDPruneConfig
+    from sdprune.deployment.export import export as export
+    from sdprune.masking.layers import MaskedLinear as MaskedLinear
+    from sdprune.pipelines.self_distilled import PruneResult as PruneResult
+    from sdprune.pipelines.self_distilled import prune as prune
+    from sdprune.training.callback import SDPruneCallback as SDPruneCallback
+    from sdprune.training.trainer import SDPruneTrainer as SDPruneTrainer
+
+_HOMES = {
+    "MaskedLinear": "sdprune.masking.layers",
+    "PruneResult": "sdprune.pipelines.self_distilled",
+    "SDPruneCallback": "sdprune.training.callback",
+    "SDPruneConfig": "sdprune.config",
+    "SDPruneTrainer": "sdprune.training.trainer",
+    "export": "sdprune.deployment.export",
+    "prune": "sdprune.pipelines.self_distilled",
+}
+
+__all__ = [
+    "MaskedLinear",
+    "PruneResult",
+    "SDPruneCallback",
+    "SDPruneConfig",
+    "SDPruneTrainer",
+    "export",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sdprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -96,8 +96,11 @@ def _converted(value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
         return tuple(value)
-    if type(value) is int and float in options and int not in options:
-        return float(value)
+    if float in options and int not in options and str not in options and type(value) in (int, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            return value
     if isinstance(value, Mapping):
         return {key: float(item) if type(item) is int else item for key, item in value.items()}
     return value

@@ -1,0 +1,56 @@
+"""Schedules: pure functions of the step. Nothing here is remembered, so nothing can be lost on resuming.
+
+A run prunes at `pruning_steps` moments. Moment i happens at the beginning of an optimizer step, after
+`pruning_moments(...)[i]` steps were finished, and brings the sparsity to `sparsity_levels(...)[i]`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from sdprune.config import SDPruneConfig
+
+
+def sparsity_levels(config: SDPruneConfig) -> tuple[float, ...]:
+    """Return the sparsity after each pruning step, the last one exactly the target.
+
+    With progress t = (i + 1) / pruning_steps: "uniform" prunes target * t; "geometric" keeps
+    (1 - target) ** t, an equal fraction of the remaining weights a step; "cubic" prunes
+    target * (1 - (1 - t) ** 3) (Zhu and Gupta 2017, https://arxiv.org/abs/1710.01878).
+    """
+    levels = []
+    for index in range(config.pruning_steps - 1):
+        progress = (index + 1) / config.pruning_steps
+        if config.schedule == "geometric":
+            levels.append(1.0 - (1.0 - config.target_sparsity) ** progress)
+        elif config.schedule == "cubic":
+            levels.append(config.target_sparsity * (1.0 - (1.0 - progress) ** 3))
+        else:
+            levels.append(config.target_sparsity * progress)
+    return (*levels, config.target_sparsity)
+
+
+def pruning_moments(config: SDPruneConfig, max_steps: int) -> tuple[int, ...]:
+    """Return after how many finished optimizer steps each pruning step happens, evenly spaced.
+
+    Raises:
+        ValueError: the training has fewer steps between start_ratio and end_ratio than there are pruning steps.
+    """
+    first = round(config.start_ratio * max_steps)
+    last = min(round(config.end_ratio * max_steps), max_steps - 1)
+    count = config.pruning_steps
+    if last - first < count - 1:
+        raise ValueError(
+            f"pruning_steps={count} do not fit: the training has {max_steps} steps, of which "
+            f"{max(last - first + 1, 0)} lie between start_ratio={config.start_ratio} and "
+            f"end_ratio={config.end_ratio}; train longer or prune in fewer steps"
+        )
+    if count == 1:
+        return (first,)
+    return tuple(first + round(index * (last - first) / (count - 1)) for index in range(count))
+
+
+def sparsity_before(config: SDPruneConfig, max_steps: int, step: int) -> float:
+    """Return the sparsity that holds after `step` finished optimizer steps, before the next one begins."""
+    done = bisect_left(pruning_moments(config, max_steps), step)
+    return sparsity_levels(config)[done - 1] if done else 0.0

@@ -1,0 +1,86 @@
+"""Which layers are pruned: a regular expression over names, a module class, or the layer stack by default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from sdprune.config import SDPruneConfig
+
+
+def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
+    """Return the dotted names of the linear layers that `config` prunes, in the model's order.
+
+    Without `target_modules` these are the linear layers inside the stack of repeated layers (an `nn.ModuleList`)
+    of the base model: attention and feed-forward matrices, and neither embeddings, poolers nor heads.
+
+    Raises:
+        ValueError: a pattern is no regular expression or matches no linear layer, or nothing is left (the
+            candidates are listed); or a chosen weight is shared with another module.
+    """
+    candidates = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
+    if config.target_modules is None:
+        chosen = _in_layer_stack(model, candidates)
+        if not chosen:
+            raise ValueError(
+                "target_modules is None, but the model has no stack of layers with linear layers in it. "
+                + _listed(candidates)
+            )
+    else:
+        chosen = _matching("target_modules", config.target_modules, candidates)
+    if config.exclude_modules is not None:
+        excluded = set(_matching("exclude_modules", config.exclude_modules, candidates))
+        chosen = [name for name in chosen if name not in excluded]
+        if not chosen:
+            raise ValueError("exclude_modules leaves no layer to prune. " + _listed(candidates))
+    _check_unshared(model, chosen)
+    return chosen
+
+
+def _in_layer_stack(model: nn.Module, candidates: list[str]) -> list[str]:
+    # transformers names the attribute that holds the body; what lies outside it is a head.
+    prefix = getattr(model, "base_model_prefix", "")
+    body = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    stacks = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and f"{name}.".startswith(body)
+    )
+    return [name for name in candidates if name.startswith(stacks)]
+
+
+def _matching(option: str, patterns: str | tuple[str, ...], candidates: list[str]) -> list[str]:
+    matched = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        try:
+            found = {name for name in candidates if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"{option}: {pattern!r} is not a regular expression ({error})") from None
+        if not found:
+            raise ValueError(
+                f"{option}: {pattern!r} matches no linear layer (the whole name must match). "
+                + _listed(candidates)
+            )
+        matched |= found
+    return [name for name in candidates if name in matched]
+
+
+def _listed(candidates: Iterable[str], limit: int = 12) -> str:
+    names = list(candidates)
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return f"Linear layers of this model: {', '.join(names[:limit]) or 'none'}{more}"
+
+
+def _check_unshared(model: nn.Module, chosen: list[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in chosen:
+        shared = owners[id(model.get_submodule(name).weight)]
+        if len(shared) > 1:
+            raise ValueError(
+                f"target_modules chose {name!r}, whose weight is shared by {', '.join(shared)}; "
+                "pruning it would prune them all: name it in exclude_modules"
+            )

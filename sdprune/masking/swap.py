@@ -1,0 +1,33 @@
+"""Exchange modules of a model and back; nothing else changes the structure of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from sdprune.masking.layers import MaskedLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def swap(model: Model, names: Iterable[str], make: Callable[[nn.Linear], nn.Module]) -> Model:
+    """Replace every named linear layer by `make(layer)`, in place; layers already masked stay. Returns the model."""
+    for name in names:
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear) and not isinstance(layer, MaskedLinear):
+            model.set_submodule(name, make(layer))
+    return model
+
+
+def unswap(model: Model) -> Model:
+    """Replace every masked layer by the dense layer with its zeros, in place. Returns the model."""
+    for name, layer in masked_layers(model).items():
+        model.set_submodule(name, layer.to_dense())
+    return model
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+    """Return the masked layers of a model by name. Looked up each time: wrappers may replace parameters."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}

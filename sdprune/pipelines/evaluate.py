@@ -1,0 +1,71 @@
+"""Running a model over examples, in their order."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sdprune.data.examples import EncodedExamples
+
+
+def collate(
+    tokenizer: Any, rows: list[dict[str, Any]], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Pad rows of token ids into one batch without labels."""
+    inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+    return {key: value.to(device) for key, value in tokenizer.pad(inputs, return_tensors="pt").items()}
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    examples: EncodedExamples,
+    tokenizer: Any,
+    *,
+    batch_size: int = 64,
+    bf16: bool = False,
+    description: str | None = None,
+) -> NDArray[np.float32]:
+    """Return the logits (rows, classes) in the order of the examples. Batches are made by length, which is cheaper.
+
+    Args:
+        model: a sequence classifier; left in the mode it was in.
+        examples: encoded rows.
+        tokenizer: pads the batches.
+        batch_size: rows of a batch.
+        bf16: bfloat16 autocast.
+        description: text of a progress bar; None: no bar.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    order = [index for _, index in sorted(zip(examples.lengths, range(len(examples)), strict=True))]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    logits: dict[int, NDArray[np.float32]] = {}
+    for batch in tqdm(batches, desc=description, disable=description is None, unit="batch", leave=False):
+        inputs = collate(tokenizer, [examples[index] for index in batch], device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            rows = model(**inputs).logits.float().cpu().numpy()
+        logits |= dict(zip(batch, rows, strict=True))
+    model.train(was_training)
+    return np.stack([logits[index] for index in range(len(examples))])
+
+
+@torch.inference_mode()
+def speedup(dense: nn.Module, pruned: nn.Module, inputs: dict[str, Tensor], *, repeats: int = 7) -> float:
+    """Return the time of the dense model over that of the pruned one: medians of alternating runs on one batch."""
+    times: dict[nn.Module, list[float]] = {dense.eval(): [], pruned.eval(): []}
+    for turn in range(repeats + 1):
+        for model, record in times.items():
+            start = time.perf_counter()
+            model(**inputs).logits.cpu()
+            if turn:  # the first turn warms up
+                record.append(time.perf_counter() - start)
+    return statistics.median(times[dense]) / statistics.median(times[pruned])

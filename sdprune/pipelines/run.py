@@ -1,0 +1,134 @@
+"""`sdprune prune`: one recipe, from a fine-tuned model to a folder with everything that came of it.
+
+recipe.yaml  sdprune_config.json  metrics.jsonl  checkpoint-N/     while it runs
+model/  metrics.json  report.html  *.png                           when it is done
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sdprune.analysis.report import RunRecord, write_report
+from sdprune.config import CONFIG_NAME, Recipe, SDPruneConfig, TrainingConfig
+from sdprune.files import write_text
+from sdprune.masking.pruner import Sparsity
+from sdprune.masking.schedule import pruning_moments
+from sdprune.pipelines.assess import assess, method_name, take_snapshot
+from sdprune.pipelines.evaluate import predict
+from sdprune.pipelines.self_distilled import PruneResult, prune
+from sdprune.pipelines.workbench import Workbench, load_workbench
+from sdprune.training.arguments import bf16_pays, training_arguments
+from sdprune.training.progress import METRICS_NAME
+
+RECIPE_NAME = "recipe.yaml"
+SCORES_NAME = "metrics.json"
+
+
+class _SaveRecipe(TrainerCallback):
+    """Writes the recipe when the training begins, so that a refused run leaves the folder free."""
+
+    def __init__(self, recipe: Recipe, path: Path) -> None:
+        self.recipe, self.path = recipe, path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.recipe.save(self.path)
+
+
+def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | None = None) -> dict[str, Any]:
+    """Carry out a recipe and return what `metrics.json` holds.
+
+    Args:
+        recipe: model, data, training and pruning.
+        output: a new folder, or with `resume` that of an interrupted run.
+        resume: go on from the newest whole checkpoint.
+        cache: where fetched samples are kept; None: the user's cache folder.
+
+    Raises:
+        ValueError: wrong input; nothing is written.
+        TrainingInterrupted: Ctrl-C; a checkpoint was saved.
+    """
+    if not resume:
+        check_free(output)
+    workbench = load_workbench(recipe.model, recipe.data, cache)
+    config, classifier = recipe.pruning, workbench.classifier
+    if not classifier.trained_head and (config.target_sparsity > 0.0 or config.distillation_weights):
+        raise ValueError(
+            f"model {recipe.model!r} has no trained classification head; fine-tune it first with "
+            "--target-sparsity 0 --distillation none, then prune the model/ folder which that leaves"
+        )
+    # what was measured once holds for the whole run, also after an interruption
+    recipe = replace(recipe, training=settled(recipe.training))
+    dense_scores = workbench.score(
+        predict(classifier.model, workbench.test, classifier.tokenizer, description="testing the dense model")
+    )
+    result = prune_on(
+        workbench, recipe, output, callbacks=[_SaveRecipe(recipe, output / RECIPE_NAME)], resume=resume
+    )
+    snapshot = take_snapshot(result.model, config, output / "model", workbench)
+    dense = load_workbench(recipe.model, recipe.data, cache).classifier.model
+    (assessment,) = assess([snapshot], dense, workbench)
+    metrics = {"dense": dense_scores, "baselines": {}, "runs": [assessment.row]}
+    write_text(output / SCORES_NAME, json.dumps(metrics, indent=2) + "\n")
+    record = read_record(method_name(config), output, config, snapshot.sparsity)
+    write_report(output, metrics, [record], title=f"{recipe.model} pruned on {workbench.task.name}")
+    return metrics
+
+
+def settled(training: TrainingConfig) -> TrainingConfig:
+    """Return the training with `bf16` decided for the device at hand."""
+    return replace(training, bf16=bf16_pays()) if training.bf16 is None else training
+
+
+def prune_on(
+    workbench: Workbench,
+    recipe: Recipe,
+    folder: Path,
+    callbacks: Iterable[TrainerCallback] = (),
+    **arguments: Any,
+) -> PruneResult:
+    """Prune the model of the workbench on its training rows; `arguments` go to `training_arguments`."""
+    model: Any = workbench.classifier.model
+    model.get_input_embeddings().requires_grad_(not recipe.training.freeze_embeddings)
+    return prune(
+        model,
+        recipe.pruning,
+        workbench.train,
+        workbench.validation,
+        args=training_arguments(recipe.training, folder, seed=recipe.pruning.seed, **arguments),
+        processing_class=workbench.classifier.tokenizer,
+        compute_metrics=workbench.compute_metrics,
+        callbacks=callbacks,
+    )
+
+
+def check_free(output: Path) -> None:
+    """Raise ValueError if `output` holds anything."""
+    if (output / CONFIG_NAME).exists():
+        raise ValueError(
+            f"output {str(output)!r} already holds a run; name another folder, or go on with it: "
+            f"sdprune prune --resume {output}"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {str(output)!r} is not an empty folder; name another one or remove it")
+
+
+def read_record(name: str, folder: Path, config: SDPruneConfig, sparsity: Sparsity) -> RunRecord:
+    """Gather what the report shows of a run from its folder."""
+    lines = (folder / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+    history = tuple(json.loads(line) for line in lines)
+    steps = max((row["step"] for row in history), default=0)
+    pruned = config.target_sparsity > 0.0
+    return RunRecord(
+        name=name,
+        history=history,
+        moments=pruning_moments(config, steps) if pruned else (),
+        densities={layer: 1.0 - value for layer, value in sparsity.layers.items()} if pruned else {},
+    )

@@ -1,0 +1,100 @@
+"""`SDPruneCallback`: the pruning half of a run, for any `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sdprune.config import SDPruneConfig
+from sdprune.masking.pruner import mask_model, masked_fraction, prune_step, zero_pruned
+from sdprune.masking.schedule import pruning_moments, sparsity_before, sparsity_levels
+from sdprune.masking.swap import masked_layers
+
+logger = logging.getLogger(__name__)
+
+
+class SDPruneCallback(TrainerCallback):
+    """Masks the layers of the model and prunes them along the schedule of `config`.
+
+    Pass it to the Trainer when that is built: the layers must be masked before a checkpoint is loaded. The masks
+    live in the model and are saved with it; the schedule is a function of the step; so a resumed run prunes
+    exactly as an uninterrupted one. The target is reached even where the training ends early.
+
+    Args:
+        config: what is pruned, how far, when.
+
+    Raises:
+        ValueError: when the Trainer is built or starts: nothing to prune, a block that does not divide a layer,
+            more pruning steps than the training has room for, `load_best_model_at_end` (it would pick a model
+            from before the target), or a checkpoint whose masks do not belong to this configuration.
+    """
+
+    def __init__(self, config: SDPruneConfig) -> None:
+        self.config = config
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mask the model."""
+        if args.load_best_model_at_end or args.save_strategy == "best":
+            raise ValueError(
+                f"load_best_model_at_end={args.load_best_model_at_end} with save_strategy={str(args.save_strategy)!r} "
+                "would keep a model from before the target sparsity; set load_best_model_at_end=False and "
+                "save_strategy='steps' or 'epoch'"
+            )
+        mask_model(kwargs["model"], self.config)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the schedule fits the training and the masks fit the step."""
+        model: nn.Module = kwargs["model"]
+        if not masked_layers(model):
+            raise ValueError(
+                "the model has no masked layers; pass SDPruneCallback in callbacks=[...] of the Trainer"
+            )
+        self._check_sparsity(model, sparsity_before(self.config, state.max_steps, state.global_step))
+
+    def _check_sparsity(self, model: nn.Module, expected: float) -> None:
+        layers = masked_layers(model).values()
+        total = sum(layer.weight.numel() for layer in layers)
+        height, width = self.config.block_shape if self.config.structure == "block" else (1, 1)
+        units = 1 if self.config.scope == "global" else len(layers)
+        tolerance = units * height * width / total  # rounding to one weight or block, in each layer or in all
+        found = masked_fraction(model)
+        if abs(found - expected) > tolerance:
+            raise ValueError(
+                f"the masks have sparsity {found:.4f} where this configuration has {expected:.4f} at this step: "
+                "the checkpoint belongs to another configuration, or its masks were not loaded"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prune if this is a pruning moment."""
+        moments = pruning_moments(self.config, state.max_steps)
+        if state.global_step in moments:
+            level = sparsity_levels(self.config)[moments.index(state.global_step)]
+            prune_step(kwargs["model"], self.config, level)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put back the zeros that momentum or weight decay moved."""
+        zero_pruned(kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reach the target where the training ended before the last pruning step."""
+        if state.global_step <= pruning_moments(self.config, state.max_steps)[-1]:
+            logger.warning(
+                "training ended at step %d of %d, before the last pruning step: pruning to %.4f without recovery",
+                state.global_step,
+                state.max_steps,
+                self.config.target_sparsity,
+            )
+            prune_step(kwargs["model"], self.config, self.config.target_sparsity)

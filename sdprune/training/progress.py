@@ -1,0 +1,161 @@
+"""What a person sees and keeps of a training: a progress bar, `metrics.jsonl`, and a Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sdprune.config import SDPruneConfig
+from sdprune.files import write_text
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class ProgressBar(TrainerCallback):
+    """A bar over the optimizer steps with the sparsity, the parts of the loss, the last score and the time left."""
+
+    def __init__(self, description: str = "pruning") -> None:
+        self.description = description
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar at the step where the training begins."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.description,
+                unit="step",
+                dynamic_ncols=True,
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance."""
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show what the log row says."""
+        if self.bar is None or logs is None:
+            return
+        for name, value in logs.items():
+            if name == "sparsity":
+                self.shown["sparsity"] = f"{value:.1%}"
+            elif name.startswith("loss_") or name == "eval_accuracy":
+                self.shown[name.removeprefix("loss_")] = f"{value:.3f}"
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, also where the training broke off."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class RunFolder(TrainerCallback):
+    """Marks the folder with the configuration once the training begins, and writes the log into `metrics.jsonl`.
+
+    A resumed run first drops the rows it will repeat. Must come after `SDPruneCallback`, which refuses trainings
+    that do not fit: a refused run leaves the folder free.
+    """
+
+    def __init__(self, directory: Path, config: SDPruneConfig) -> None:
+        self.directory = directory
+        self.config = config
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the configuration, and the rows that the checkpoint knows of; none at the start."""
+        if state.is_world_process_zero:
+            self.config.save_pretrained(self.directory)
+            rows = "".join(json.dumps(row) + "\n" for row in state.log_history)
+            write_text(self.directory / METRICS_NAME, rows)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Append the newest row."""
+        if state.is_world_process_zero:
+            with (self.directory / METRICS_NAME).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The training was interrupted after a whole step and saved.
+
+    Args:
+        checkpoint: the checkpoint from which it goes on.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"interrupted; saved {checkpoint}")
+        self.checkpoint = checkpoint
+
+
+class FinishStepOnInterrupt(TrainerCallback):
+    """Inside its `with` block Ctrl-C finishes the step, saves a checkpoint and raises `TrainingInterrupted`.
+
+    A second Ctrl-C interrupts at once. Must come after `MarkComplete` in the list of callbacks.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Self:
+        # signal handlers belong to the main thread; elsewhere Ctrl-C keeps its usual meaning
+        self.previous = (
+            signal.signal(signal.SIGINT, self._request)
+            if threading.current_thread() is threading.main_thread()
+            else None
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a checkpoint."""
+        if self.requested:
+            control.should_evaluate = False
+            control.should_save = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave, now that the checkpoint is whole."""
+        if self.requested:
+            raise TrainingInterrupted(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

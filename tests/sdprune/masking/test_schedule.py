@@ -1,0 +1,58 @@
+"""Schedules are pure functions that end exactly at the target."""
+
+import pytest
+
+from sdprune import SDPruneConfig
+from sdprune.masking.schedule import pruning_moments, sparsity_before, sparsity_levels
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "geometric", "cubic"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 32])
+def test_levels_rise_to_exactly_the_target(schedule, steps):
+    levels = sparsity_levels(SDPruneConfig(target_sparsity=0.9, schedule=schedule, pruning_steps=steps))
+    assert len(levels) == steps
+    assert levels[-1] == 0.9
+    assert all(a < b for a, b in zip((0.0, *levels), levels, strict=False))
+
+
+def test_formulas():
+    def levels(schedule):
+        return sparsity_levels(SDPruneConfig(target_sparsity=0.8, schedule=schedule, pruning_steps=4))
+
+    assert levels("uniform") == pytest.approx((0.2, 0.4, 0.6, 0.8))
+    assert levels("cubic") == pytest.approx((0.4625, 0.7, 0.7875, 0.8))
+    geometric = levels("geometric")
+    kept = [1.0, *(1.0 - level for level in geometric)]
+    assert [b / a for a, b in zip(kept, kept[1:], strict=False)] == pytest.approx([0.2**0.25] * 4)
+
+
+def test_one_shot_takes_one_step():
+    assert sparsity_levels(SDPruneConfig(schedule="one_shot", pruning_steps=1, target_sparsity=0.3)) == (0.3,)
+    with pytest.raises(ValueError, match="pruning_steps must be 1 with schedule='one_shot', got 16"):
+        SDPruneConfig(schedule="one_shot")
+
+
+def test_moments_are_evenly_spaced_between_the_ratios():
+    config = SDPruneConfig(pruning_steps=5, start_ratio=0.1, end_ratio=0.5)
+    assert pruning_moments(config, 100) == (10, 20, 30, 40, 50)
+    assert pruning_moments(SDPruneConfig(pruning_steps=4, end_ratio=1.0), 10) == (0, 3, 6, 9)
+
+
+@pytest.mark.parametrize("max_steps", [16, 17, 31, 97])
+def test_moments_never_coincide(max_steps):
+    moments = pruning_moments(SDPruneConfig(pruning_steps=16, end_ratio=1.0), max_steps)
+    assert len(set(moments)) == 16
+    assert moments[-1] < max_steps
+
+
+def test_a_schedule_longer_than_the_training_is_refused():
+    message = "pruning_steps=16 do not fit: the training has 20 steps, of which 13 lie between"
+    with pytest.raises(ValueError, match=message):
+        pruning_moments(SDPruneConfig(pruning_steps=16, end_ratio=0.6), 20)
+
+
+def test_sparsity_before_counts_finished_moments():
+    config = SDPruneConfig(target_sparsity=0.8, schedule="uniform", pruning_steps=4, end_ratio=0.75)
+    assert [sparsity_before(config, 16, step) for step in (0, 1, 4, 5, 12, 13, 16)] == pytest.approx(
+        [0.0, 0.2, 0.2, 0.4, 0.6, 0.8, 0.8]
+    )
