@@ -1,0 +1,68 @@
+"""Two ways to the same loss: through two batch x batch products, or through C = left.T @ right itself.
+
+Both take normalised columns `left` and `right`, (batch, dim), and need of C = left.T @ right only the sum
+of its squared off-diagonal entries and the two products that the gradient is made of. The Gram form rests on
+
+    sum_ij C_ij^2 = <left left.T, right right.T>,        d(that)/d(left) = 2 (right right.T) left
+
+and never makes a dim x dim matrix. It subtracts the diagonal, which is safe only while batch <= dim / 2:
+above that the diagonal may be nearly the whole sum.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Form = Literal["gram", "matrix"]
+
+MATRIX_CHUNK_ELEMENTS = 2**24  # of C at a time: 64 MiB in float32
+
+
+class Products(NamedTuple):
+    """What a form gives back. Both products are scaled by 2 * weight, so they are parts of gradients."""
+
+    off_diagonal: Tensor  # scalar: weight * sum over i != j of C_ij^2
+    left: Tensor  # (batch, dim): 2 * weight * right @ C.T; empty if not asked for
+    right: Tensor  # (batch, dim): 2 * weight * left @ C; empty if not asked for
+    with_diagonal: bool  # whether C has its diagonal in the products
+
+
+def choose_form(batch: int, dim: int) -> Form:
+    """The form that is both cheaper and safe for these sizes."""
+    return "gram" if batch <= dim // 2 else "matrix"
+
+
+def chunk_rows(dim: int) -> int:
+    """Rows of C made at a time in the matrix form."""
+    return max(1, min(dim, MATRIX_CHUNK_ELEMENTS // dim))
+
+
+def gram_products(left: Tensor, right: Tensor, diagonal: Tensor, weight: float, need_right: bool) -> Products:
+    """Products of the Gram form: 4 * batch^2 * dim operations each.
+
+    The product for `left` is always made, because its inner product with `left` is the sum of squares.
+    """
+    left_product = (right @ right.T).mul_(2 * weight) @ left
+    squares = (left * left_product).sum() / 2
+    right_product = (left @ left.T).mul_(2 * weight) @ right if need_right else left.new_empty(0)
+    return Products(squares - weight * diagonal.square().sum(), left_product, right_product, True)
+
+
+def matrix_products(left: Tensor, right: Tensor, weight: float, need_left: bool, need_right: bool) -> Products:
+    """Products of the matrix form, from a few rows of C at a time; the diagonal is zeroed, never subtracted."""
+    dim = left.shape[1]
+    off_diagonal = left.new_zeros(())
+    left_product = torch.empty_like(left) if need_left else left.new_empty(0)
+    right_product = torch.zeros_like(right) if need_right else left.new_empty(0)
+    for start in range(0, dim, chunk_rows(dim)):
+        rows = slice(start, min(start + chunk_rows(dim), dim))
+        correlation = left[:, rows].T @ right
+        correlation.diagonal(start).zero_()
+        off_diagonal += correlation.square().sum()
+        correlation.mul_(2 * weight)
+        if need_left:
+            torch.mm(right, correlation.T, out=left_product[:, rows])
+        if need_right:
+            right_product.addmm_(left[:, rows], correlation)
+    return Products(weight * off_diagonal, left_product, right_product, False)

@@ -1,0 +1,222 @@
+"""The cross-correlation loss of self-distilled pruning: public function, checks, autograd, registration."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from sdp_kernels.checks import (
+    check_at_least,
+    check_choice,
+    check_dims,
+    check_pair,
+    check_sample_weight,
+    compute_dtype,
+)
+from sdp_kernels.cross_correlation.forms import choose_form, gram_products, matrix_products
+from sdp_kernels.cross_correlation.reference import cross_correlation_loss_reference
+from sdp_kernels.dispatch import choose_backend
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+OFFERS = ("triton", "cpu", "reference")
+
+
+def cross_correlation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    off_diagonal_weight: float = 5e-3,
+    center: bool = True,
+    target: Literal["identity", "teacher"] = "identity",
+    eps: float = 1e-12,
+    sample_weight: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    form: Literal["auto", "gram", "matrix"] = "auto",
+) -> Tensor:
+    """Drive the cross-correlation of student and teacher features to the identity, or to the teacher's own.
+
+    C_ij is the correlation, over the batch, of feature i of the student with feature j of the teacher. The
+    loss is the sum of (C_ii - 1)^2 plus `off_diagonal_weight` times the sum of C_ij^2 over i != j; with
+    `target="teacher"` it is the same weighted sum of squares of C minus the teacher's own correlation.
+
+    The identity target is that of self-distilled pruning (https://arxiv.org/abs/2109.15014), after Barlow
+    Twins (https://arxiv.org/abs/2103.03230): with `eps=1e-5` the value is that of the published code. The
+    teacher target is zero only where both agree up to a positive factor (and a shift) for each feature.
+
+    Args:
+        student: (batch, dim), any float dtype.
+        teacher: (batch, dim), any float dtype; may differ from the student's. Gets a gradient if it asks.
+        off_diagonal_weight: weight of the terms off the diagonal, >= 0. Their sum grows like
+            dim^2 / batch, so set it together with the batch size.
+        center: subtract each feature's mean over the batch first.
+        target: "identity" or "teacher".
+        eps: added to each feature's mean square.
+        sample_weight: (batch,), weights >= 0 of the rows in means, norms and correlations, or None for
+            equal ones. Rows without a positive weight are left out entirely: they may hold NaN.
+        process_group: compute the loss over the rows of all ranks. Every rank returns the global value, and
+            the gradients of its inputs are world-size times the global ones, so that the averaging of DDP
+            and FSDP gives the single-process gradient of the parameters. None means local rows only.
+        form: "gram" works with batch x batch products, "matrix" with C itself; "auto" takes the one that
+            is cheaper and safe. The Gram form loses digits when batch > dim / 2.
+
+    Returns:
+        A scalar, float32 (float64 if an input is), also under autocast. A feature that is constant over
+        the batch counts as dead: its correlations are 0 and it receives no gradient.
+
+    Raises:
+        ValueError: shapes or devices differ, fewer than 2 rows to centre, a number out of its range.
+        TypeError: an input is not a floating-point tensor.
+        RuntimeError: on double backward; gradients are made in the forward pass.
+    """
+    _check_tensors(student, teacher, sample_weight)
+    check_at_least("off_diagonal_weight", off_diagonal_weight, 0)
+    check_at_least("eps", eps, 0)
+    check_choice("target", target, ("identity", "teacher"))
+    check_choice("form", form, ("auto", "gram", "matrix"))
+    if process_group is not None:
+        from sdp_kernels.cross_correlation.gather import gather_rows
+
+        student, teacher = gather_rows(student, process_group), gather_rows(teacher, process_group)
+        if sample_weight is not None:
+            sample_weight = gather_rows(sample_weight, process_group)
+    batch, dim = student.shape
+    if batch < 1 + center or dim < 1:
+        raise ValueError(f"student must have at least {1 + center} rows and 1 column, got shape {(batch, dim)}")
+
+    backend = choose_backend("cross_correlation_loss", (student, teacher), OFFERS)
+    if backend == "reference":
+        return _reference(student, teacher, sample_weight, off_diagonal_weight, center, target, eps)
+    loss: Tensor
+    loss, _, _ = _cross_correlation(
+        student,
+        teacher,
+        sample_weight,
+        float(off_diagonal_weight),
+        center,
+        target == "teacher",
+        float(eps),
+        choose_form(batch, dim) if form == "auto" else form,
+        backend,
+        torch.is_grad_enabled() and student.requires_grad,
+        torch.is_grad_enabled() and teacher.requires_grad,
+    )
+    return loss
+
+
+def _check_tensors(student: Tensor, teacher: Tensor, sample_weight: Tensor | None) -> None:
+    check_pair(student, teacher, "student", "teacher")
+    check_dims("student", student, 2)
+    check_sample_weight(sample_weight, student.shape[:1], student)
+
+
+def _reference(
+    student: Tensor,
+    teacher: Tensor,
+    sample_weight: Tensor | None,
+    off_diagonal_weight: float,
+    center: bool,
+    target: Literal["identity", "teacher"],
+    eps: float,
+) -> Tensor:
+    with torch.autocast(student.device.type, enabled=False):
+        return cross_correlation_loss_reference(
+            student,
+            teacher,
+            off_diagonal_weight=off_diagonal_weight,
+            center=center,
+            target=target,
+            eps=eps,
+            sample_weight=sample_weight,
+        )
+
+
+@torch.library.custom_op("sdp_kernels::cross_correlation", mutates_args=())
+def _cross_correlation(
+    student: Tensor,
+    teacher: Tensor,
+    sample_weight: Tensor | None,
+    weight: float,
+    center: bool,
+    residual: bool,
+    eps: float,
+    form: str,
+    backend: str,
+    student_gradient: bool,
+    teacher_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and the gradients asked for (the others empty), all in the compute dtype.
+
+    `residual` correlates (student - teacher) with the teacher, whose diagonal should be 0 instead of 1.
+    """
+    if backend == "triton":
+        from sdp_kernels.cross_correlation.kernel import feature_gradient, normalise
+    else:
+        from sdp_kernels.cross_correlation.columns import feature_gradient, normalise
+
+    with torch.autocast(student.device.type, enabled=False):
+        left, right, inverse_norms, diagonal = normalise(student, teacher, sample_weight, center, residual, eps)
+        if form == "gram":
+            products = gram_products(left, right, diagonal, weight, teacher_gradient)
+        else:
+            need_left = student_gradient or (teacher_gradient and residual)
+            products = matrix_products(left, right, weight, need_left, teacher_gradient)
+        deviation = diagonal if residual else diagonal - 1
+        loss = deviation.square().sum() + products.off_diagonal
+
+        slope = 2 * deviation
+        if products.with_diagonal:
+            slope -= 2 * weight * diagonal
+        student_result, teacher_result = left.new_empty(0), left.new_empty(0)
+        if teacher_gradient:
+            product, other = products.right, left
+            if residual:  # the teacher also enters `left`, with a minus
+                product, other = product - products.left, left - right
+            teacher_result = feature_gradient(product, other, slope, right, inverse_norms[1], sample_weight)
+        if student_gradient:
+            unit = left + right if residual else left
+            student_result = feature_gradient(products.left, right, slope, unit, inverse_norms[0], sample_weight)
+    return loss, student_result, teacher_result
+
+
+@_cross_correlation.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    sample_weight: Tensor | None,
+    weight: float,
+    center: bool,
+    residual: bool,
+    eps: float,
+    form: str,
+    backend: str,
+    student_gradient: bool,
+    teacher_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(student, teacher)
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty(student.shape if student_gradient else (0,), dtype=dtype),
+        teacher.new_empty(teacher.shape if teacher_gradient else (0,), dtype=dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, student_gradient, teacher_gradient = output
+    ctx.mark_non_differentiable(student_gradient, teacher_gradient)
+    ctx.save_for_backward(student_gradient, teacher_gradient)
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+def _backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("cross_correlation_loss does not support double backward (create_graph=True)")
+    results = [
+        (scale * gradient).to(dtype) if needed else None
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    ]
+    return (*results, *[None] * 9)
+
+
+_cross_correlation.register_autograd(_backward, setup_context=_setup_context)

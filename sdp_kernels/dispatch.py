@@ -1,0 +1,104 @@
+"""Which implementation runs: "triton", "cpu" or "reference".
+
+* "triton": the fused kernels, on a CUDA tensor, or on a CPU tensor in Triton's interpreter.
+* "cpu": what runs best for CPU tensors.
+* "reference": plain torch, on any device; what "cpu" means for an op with nothing faster.
+
+The fastest one that can run is taken, unless `use_backend` asks for another.
+"""
+
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sdp_kernels.checks import check_choice
+
+BACKENDS = ("triton", "cpu", "reference")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Choice(threading.local):
+    """What `use_backend` asks for in this thread. (torch.compile cannot read a ContextVar.)"""
+
+    forced: str | None = None
+
+
+_choice = _Choice()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op called inside the `with` block on one backend.
+
+    Args:
+        name: "triton", "cpu" or "reference". An op that cannot run there raises `NotImplementedError`
+            with all its reasons instead of silently taking another.
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    check_choice("name", name, BACKENDS)
+    before, _choice.forced = _choice.forced, name
+    try:
+        yield
+    finally:
+        _choice.forced = before
+
+
+def choose_backend(op: str, tensors: Sequence[Tensor], offers: Sequence[str]) -> str:
+    """The backend that runs `op` on these tensors.
+
+    Args:
+        op: name of the op, for the message.
+        tensors: the floating-point inputs.
+        offers: backends the op implements, the fastest first, ending with "reference".
+
+    Raises:
+        NotImplementedError: `use_backend` asked for a backend that cannot run; lists every reason.
+    """
+    forced = _choice.forced
+    if forced is not None:
+        reasons = reasons_against(forced, tensors, offers)
+        if reasons:
+            raise NotImplementedError(f"{op} cannot run on backend {forced!r}: " + "; ".join(reasons))
+        return forced if forced in offers else "reference"
+    for backend in offers:
+        if not _would_run_badly(backend, tensors) and not reasons_against(backend, tensors, offers):
+            return backend
+    return "reference"
+
+
+def reasons_against(backend: str, tensors: Sequence[Tensor], offers: Sequence[str]) -> list[str]:
+    """Every reason why `backend` cannot run on these tensors; empty if it can."""
+    reasons = []
+    if backend == "triton":
+        if "triton" not in offers:
+            return ["it has no Triton kernel"]
+        if not _triton_installed():
+            reasons.append("triton is not installed")
+        for tensor in tensors:
+            if tensor.dtype not in KERNEL_DTYPES:
+                reasons.append(f"dtype {tensor.dtype} is none of {[str(dtype) for dtype in KERNEL_DTYPES]}")
+            if tensor.device.type != "cuda" and not _interpreting():
+                reasons.append(f"a tensor is on {tensor.device}, not on CUDA, and TRITON_INTERPRET is not set")
+    if backend == "cpu":
+        reasons += [f"a tensor is on {tensor.device}" for tensor in tensors if tensor.device.type != "cpu"]
+    return list(dict.fromkeys(reasons))
+
+
+def _would_run_badly(backend: str, tensors: Sequence[Tensor]) -> bool:
+    """Triton's interpreter is for tests: taken only when asked for."""
+    return backend == "triton" and any(tensor.device.type != "cuda" for tensor in tensors)
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -1,0 +1,195 @@
+"""From scores to masks: which weights, blocks or rows to keep."""
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from sdp_kernels.checks import check_choice, check_floating
+from sdp_kernels.dispatch import choose_backend
+from sdp_kernels.mask_selection.threshold import kth_smallest
+from sdp_kernels.masked_linear.bitmask import BitMask, block_grid
+
+OFFERS = ("reference",)
+STRUCTURES = ("unstructured", "block", "n:m", "row")
+REDUCTIONS = ("sum", "mean", "max")
+
+Structure = Literal["unstructured", "block", "n:m", "row"]
+Reduction = Literal["sum", "mean", "max"]
+Scope = Literal["tensor", "global"]
+
+
+@overload
+def select_mask(
+    scores: Tensor,
+    sparsity: float | None = None,
+    *,
+    structure: Structure = "unstructured",
+    block_shape: tuple[int, int] | None = None,
+    block_reduction: Reduction = "sum",
+    n: int | None = None,
+    m: int | None = None,
+    scope: Scope = "tensor",
+    allow_empty: bool = False,
+) -> BitMask: ...
+
+
+@overload
+def select_mask(
+    scores: Sequence[Tensor],
+    sparsity: float | None = None,
+    *,
+    structure: Structure = "unstructured",
+    block_shape: tuple[int, int] | None = None,
+    block_reduction: Reduction = "sum",
+    n: int | None = None,
+    m: int | None = None,
+    scope: Scope = "tensor",
+    allow_empty: bool = False,
+) -> list[BitMask]: ...
+
+
+@torch.no_grad()
+def select_mask(
+    scores: Tensor | Sequence[Tensor],
+    sparsity: float | None = None,
+    *,
+    structure: Structure = "unstructured",
+    block_shape: tuple[int, int] | None = None,
+    block_reduction: Reduction = "sum",
+    n: int | None = None,
+    m: int | None = None,
+    scope: Scope = "tensor",
+    allow_empty: bool = False,
+) -> BitMask | list[BitMask]:
+    """Keep the units with the highest scores.
+
+    A unit is a weight, a block, or a row. Exactly `round(sparsity * units)` of them are pruned (Python's
+    rounding: halves go to the even number), of each tensor or, with `scope="global"`, of all together. Of
+    equal scores the later one is pruned first, in the order of the list and then row by row, so the result
+    never varies. With "n:m", n of every m neighbours along a row are kept instead.
+
+    Args:
+        scores: a matrix or a sequence of matrices, any float dtype; higher is more important. -inf is
+            pruned first.
+        sparsity: fraction to prune, in [0, 1); None for "n:m" and only then.
+        structure: "unstructured", "block", "n:m" or "row".
+        block_shape: (rows, columns) of a block; must divide every matrix. For "block" and only then.
+        block_reduction: score of a block or row from those of its weights: "sum", "mean" or "max".
+        n: how many of `m` to keep. For "n:m" and only then.
+        m: length of a group; must divide the number of columns. For "n:m" and only then.
+        scope: "tensor" ranks each matrix by itself, "global" ranks all units together.
+        allow_empty: whether a matrix may lose all its units.
+
+    Returns:
+        A `BitMask`, or a list of them for a sequence. Blocks and rows set its `block_shape`.
+
+    Raises:
+        ValueError: an argument out of range, missing, or not for this structure; shapes that do not divide; a
+            NaN score; a matrix that would lose everything. Names the matrix by its index.
+        TypeError: scores are not floating-point tensors.
+    """
+    matrices = [scores] if isinstance(scores, Tensor) else list(scores)
+    check_choice("structure", structure, STRUCTURES)
+    check_choice("block_reduction", block_reduction, REDUCTIONS)
+    check_choice("scope", scope, ("tensor", "global"))
+    _check_matrices(matrices)
+    choose_backend("select_mask", matrices, OFFERS)
+    if structure == "n:m":
+        if sparsity is not None or block_shape is not None:
+            raise ValueError(f"n:m takes no sparsity and no block_shape, got {sparsity} and {block_shape}")
+        masks = [_keep_n_of_m(index, matrix, n, m) for index, matrix in enumerate(matrices)]
+    else:
+        if n is not None or m is not None:
+            raise ValueError(f"n and m are for structure 'n:m', got n={n}, m={m} with {structure!r}")
+        fraction = _checked_sparsity(sparsity)
+        units = [_units(i, s, structure, block_shape, block_reduction) for i, s in enumerate(matrices)]
+        groups = [units] if scope == "global" else [[each] for each in units]
+        kept = [keep for group in groups for keep in _keep_highest(group, fraction)]
+        if not allow_empty:
+            _check_not_empty(kept, fraction)
+        masks = [_mask_of(keep, matrix, structure, block_shape) for keep, matrix in zip(kept, matrices, strict=True)]
+    return masks[0] if isinstance(scores, Tensor) else masks
+
+
+def _check_matrices(matrices: list[Tensor]) -> None:
+    for index, matrix in enumerate(matrices):
+        check_floating(f"scores[{index}]", matrix)
+        if matrix.dim() != 2 or matrix.numel() == 0:
+            raise ValueError(f"scores[{index}] must be a matrix with entries, got shape {tuple(matrix.shape)}")
+        if bool(matrix.isnan().any()):
+            raise ValueError(f"scores[{index}] of shape {tuple(matrix.shape)} holds NaN")
+
+
+def _checked_sparsity(sparsity: float | None) -> float:
+    if sparsity is None or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
+    return sparsity
+
+
+def _check_not_empty(kept: list[Tensor], sparsity: float) -> None:
+    for index, keep in enumerate(kept):
+        if not bool(keep.any()):
+            raise ValueError(
+                f"scores[{index}] would lose all its {keep.numel()} units at sparsity {sparsity}; "
+                f"lower it or pass allow_empty=True"
+            )
+
+
+def _units(
+    index: int, matrix: Tensor, structure: Structure, block_shape: tuple[int, int] | None, reduction: Reduction
+) -> Tensor:
+    """The scores of the units, as a matrix."""
+    if (block_shape is not None) != (structure == "block"):
+        raise ValueError(f"block_shape is for structure 'block', got {block_shape} with {structure!r}")
+    if structure == "unstructured":
+        return matrix
+    shape = block_shape or (1, matrix.shape[1])
+    try:
+        rows, columns = block_grid(matrix.shape, shape)
+    except ValueError as error:
+        raise ValueError(f"scores[{index}]: {error}") from None
+    blocks = matrix.reshape(rows, shape[0], columns, shape[1])
+    if reduction == "max":
+        return blocks.amax((1, 3))
+    units = blocks.sum((1, 3), dtype=None if matrix.dtype == torch.float64 else torch.float32)
+    if bool(units.isnan().any()):
+        raise ValueError(f"scores[{index}] holds +inf and -inf in one block, whose sum is NaN")
+    return units / (shape[0] * shape[1]) if reduction == "mean" else units
+
+
+def _keep_highest(units: list[Tensor], sparsity: float) -> list[Tensor]:
+    """Boolean tensors, False for exactly round(sparsity * number) of all the units."""
+    number = sum(each.numel() for each in units)
+    pruned = round(sparsity * number)
+    if pruned == 0:
+        return [torch.ones_like(each, dtype=torch.bool) for each in units]
+    threshold = kth_smallest(units, pruned)
+    kept = [each > threshold for each in units]
+    room = number - pruned - sum(int(keep.sum()) for keep in kept)  # for units equal to the threshold
+    for keep, each in zip(kept, units, strict=True):
+        if room == 0:
+            break
+        tied = (each == threshold).flatten().nonzero()[:room, 0]
+        keep.view(-1)[tied] = True
+        room -= len(tied)
+    return kept
+
+
+def _keep_n_of_m(index: int, matrix: Tensor, n: int | None, m: int | None) -> BitMask:
+    if n is None or m is None or not 0 < n <= m:
+        raise ValueError(f"n:m needs 0 < n <= m, got n={n}, m={m}")
+    if matrix.shape[1] % m:
+        raise ValueError(f"scores[{index}]: m={m} must divide the columns of shape {tuple(matrix.shape)}")
+    groups = matrix.reshape(-1, m)
+    best = groups.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True)
+    return BitMask.from_bool(keep.view(matrix.shape))
+
+
+def _mask_of(keep: Tensor, matrix: Tensor, structure: Structure, block_shape: tuple[int, int] | None) -> BitMask:
+    if structure == "unstructured":
+        return BitMask.from_bool(keep)
+    shape = (matrix.shape[0], matrix.shape[1])
+    return BitMask.from_blocks(keep, block_shape or (1, shape[1]), shape)

@@ -1,0 +1,165 @@
+"""BitMask: which weights of a matrix are kept, at one bit a weight."""
+
+import functools
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+_GATHER_BITS = 0x0102040810204080  # times eight 0/1 bytes: their bits, in order, in the top byte
+
+
+@dataclass(frozen=True, eq=False)
+class BitMask:
+    """A boolean matrix packed into words; compare with `equal`.
+
+    Bit j of word w is column 32 w + j; 1 means kept; bits past the last column are 0. The class holds no
+    state of its own: a module keeps `words` as a buffer and builds the mask around it when it needs one.
+
+    Attributes:
+        words: (rows, ceil(columns / 32)) int32.
+        shape: (rows, columns) of the weight.
+        block_shape: (rows, columns) of the blocks that are kept or pruned as a whole, or None.
+    """
+
+    words: Tensor
+    shape: tuple[int, int]
+    block_shape: tuple[int, int] | None = None
+
+    @classmethod
+    def from_bool(cls, mask: Tensor, *, block_shape: tuple[int, int] | None = None) -> "BitMask":
+        """Pack a boolean matrix, True where kept.
+
+        Raises:
+            ValueError: not a matrix, or a block of `block_shape` is kept only in part.
+            TypeError: not boolean.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.dim() != 2:
+            raise ValueError(f"mask must have 2 dimensions, got shape {tuple(mask.shape)}")
+        shape = (mask.shape[0], mask.shape[1])
+        if block_shape is None:
+            return cls(pack_bits(mask), shape)
+        rows, columns = block_grid(shape, block_shape)
+        blocks = mask.view(rows, block_shape[0], columns, block_shape[1])
+        if not torch.equal(blocks.all(3).all(1), blocks.any(3).any(1)):
+            raise ValueError(f"mask must keep or prune blocks of shape {tuple(block_shape)} as a whole")
+        return cls(pack_bits(mask), shape, (block_shape[0], block_shape[1]))
+
+    @classmethod
+    def from_blocks(cls, blocks: Tensor, block_shape: tuple[int, int], shape: tuple[int, int]) -> "BitMask":
+        """Pack a boolean grid with one entry a block, True where kept.
+
+        Raises:
+            ValueError: the grid is not that of `shape` in blocks of `block_shape`.
+        """
+        grid = block_grid(shape, block_shape)
+        if tuple(blocks.shape) != grid:
+            raise ValueError(f"blocks must have shape {grid}, got {tuple(blocks.shape)}")
+        mask = blocks.bool().repeat_interleave(block_shape[1], 1)
+        words = pack_bits(mask).repeat_interleave(block_shape[0], 0)
+        return cls(words, (shape[0], shape[1]), (block_shape[0], block_shape[1]))
+
+    def to_bool(self) -> Tensor:
+        """The mask as a boolean matrix, True where kept."""
+        mask: Tensor = _unpack_bits(self.words, self.shape[1])
+        return mask
+
+    def to_blocks(self) -> Tensor:
+        """The mask as a boolean grid with one entry a block.
+
+        Raises:
+            ValueError: the mask has no block shape.
+        """
+        if self.block_shape is None:
+            raise ValueError("block_shape is None: this mask is not made of blocks")
+        rows, columns = self.block_shape
+        return self.to_bool()[::rows, ::columns]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights pruned."""
+        if 0 in self.shape:
+            return 0.0
+        return 1 - int(self.to_bool().sum()) / (self.shape[0] * self.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the words."""
+        return self.words.nbytes
+
+    def equal(self, other: "BitMask") -> bool:
+        """Whether both keep the same weights of the same shape; block shapes are not compared."""
+        return self.shape == other.shape and torch.equal(self.words, other.words)
+
+    def to(self, device: torch.device | str) -> "BitMask":
+        """The mask on another device."""
+        return BitMask(self.words.to(device), self.shape, self.block_shape)
+
+
+torch.export.register_dataclass(BitMask, serialized_type_name="sdp_kernels.BitMask")
+
+
+def block_grid(shape: tuple[int, ...], block_shape: tuple[int, int]) -> tuple[int, int]:
+    """Number of blocks down and across.
+
+    Raises:
+        ValueError: the blocks do not divide the shape.
+    """
+    rows, columns = block_shape
+    if rows < 1 or columns < 1 or shape[0] % rows or shape[1] % columns:
+        raise ValueError(f"block_shape {tuple(block_shape)} must divide the shape {tuple(shape)}")
+    return shape[0] // rows, shape[1] // columns
+
+
+def words_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape of the words of a mask of this shape."""
+    return shape[0], -(-shape[1] // WORD_BITS)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """(rows, columns) bool -> (rows, ceil(columns / 32)) int32."""
+    rows, columns = mask.shape
+    words = words_shape((rows, columns))[1]
+    padded = torch.nn.functional.pad(mask, (0, words * WORD_BITS - columns)).contiguous()
+    octets = padded.view(torch.int64)  # eight weights each
+    _require_little_endian()
+    return (octets * _GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8).view(torch.int32)
+
+
+def unpack_bits(words: Tensor, columns: int) -> Tensor:
+    """(rows, ceil(columns / 32)) int32 -> (rows, columns) bool.
+
+    Looks every byte up among the 256 patterns of eight weights, which is far faster than shifting bits out.
+    """
+    _require_little_endian()
+    octets = words.contiguous().view(torch.uint8)
+    patterns = _patterns(words.device).index_select(0, octets.flatten().int())
+    return patterns.view(torch.bool).view(words.shape[0], -1)[:, :columns].contiguous()
+
+
+@torch.library.custom_op("sdp_kernels::unpack_bits", mutates_args=())
+def _unpack_bits(words: Tensor, columns: int) -> Tensor:
+    """`unpack_bits` as one node for torch.compile."""
+    return unpack_bits(words, columns)
+
+
+@_unpack_bits.register_fake
+def _(words: Tensor, columns: int) -> Tensor:
+    return words.new_empty((words.shape[0], columns), dtype=torch.bool)
+
+
+@functools.cache
+def _patterns(device: torch.device) -> Tensor:
+    """(256,) int64 whose eight bytes are the bits of their index, the lowest first."""
+    index = torch.arange(256, device=device)[:, None]
+    bits = (index >> torch.arange(8, device=device)) & 1
+    return bits.to(torch.uint8).view(torch.int64).flatten()
+
+
+def _require_little_endian() -> None:
+    if sys.byteorder != "little":
+        raise NotImplementedError("BitMask reads words as bytes and needs a little-endian machine")

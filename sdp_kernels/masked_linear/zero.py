@@ -1,0 +1,38 @@
+"""Zero pruned weights in place: after it, the plain dense product is the masked one, at no cost."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sdp_kernels.checks import check_floating
+from sdp_kernels.dispatch import choose_backend
+from sdp_kernels.masked_linear.bitmask import BitMask
+from sdp_kernels.masked_linear.op import check_mask
+
+OFFERS = ("reference",)
+
+
+@torch.no_grad()
+def zero_(weights: Tensor | Sequence[Tensor], masks: Tensor | BitMask | Sequence[Tensor | BitMask]) -> None:
+    """Set pruned weights to exactly +0.0, in place, whatever they were (NaN and inf included).
+
+    Args:
+        weights: a matrix or a sequence of matrices; parameters may require grad, no graph is made.
+        masks: one mask a weight, a weight-shaped bool tensor (True where kept) or a `BitMask`.
+
+    Raises:
+        ValueError: not as many masks as weights, or shapes or devices differ.
+        TypeError: a weight is not floating-point, or a mask is neither bool nor `BitMask`.
+    """
+    weight_list = [weights] if isinstance(weights, Tensor) else list(weights)
+    mask_list = [masks] if isinstance(masks, Tensor | BitMask) else list(masks)
+    if len(weight_list) != len(mask_list):
+        raise ValueError(f"masks must be as many as weights, {len(weight_list)}, got {len(mask_list)}")
+    for index, (weight, mask) in enumerate(zip(weight_list, mask_list, strict=True)):
+        check_floating(f"weights[{index}]", weight)
+        check_mask(f"masks[{index}]", mask, weight)
+    choose_backend("zero_", weight_list, OFFERS)
+    for weight, mask in zip(weight_list, mask_list, strict=True):
+        keep = mask.to_bool() if isinstance(mask, BitMask) else mask
+        weight.masked_fill_(~keep, 0)
