@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from sdprune.analysis.report import write_report
 from sdprune.config import DataConfig, Recipe, SDPruneConfig, TrainingConfig
@@ -153,11 +153,12 @@ def demo(output: Path, *, quick: bool = False, cache: Path | None = None) -> dic
 
 def _fine_tuned(size: DemoSize, bf16: bool, cache: Path | None) -> Path:
     """Return the folder of the fine-tuned dense model, made the first time."""
-    unpruned = SDPruneConfig(target_sparsity=0.0, distillation=None)
+    unpruned = SDPruneConfig(target_sparsity=0.0, distillation=None, pruning_steps=1)
     recipe = Recipe(BUNDLED_MODEL, size.data, replace(size.fine_tuning, bf16=bf16), unpruned)
     key = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
     folder = (cache or cache_directory()) / f"demo-{key}"
     if not folder.exists():
+        set_seed(unpruned.seed)  # the head is made at random
         workbench = load_workbench(BUNDLED_MODEL, size.data, cache)
         with tempfile.TemporaryDirectory() as temporary:
             result = prune_on(workbench, recipe, Path(temporary, "run"), save_strategy="no")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from sdprune.analysis.report import RunRecord, write_report
 from sdprune.config import CONFIG_NAME, Recipe, SDPruneConfig, TrainingConfig
@@ -57,6 +57,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
     """
     if not resume:
         check_free(output)
+    set_seed(recipe.pruning.seed)  # a head that the model lacks is made at random
     workbench = load_workbench(recipe.model, recipe.data, cache)
     config, classifier = recipe.pruning, workbench.classifier
     if not classifier.trained_head and (config.target_sparsity > 0.0 or config.distillation_weights):

@@ -28,6 +28,7 @@ def training_arguments(
         "warmup_steps": training.warmup_steps,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": bf16_pays() if training.bf16 is None else training.bf16,
         "logging_steps": training.logging_steps,
         "eval_strategy": "steps",
