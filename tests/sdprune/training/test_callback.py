@@ -1,0 +1,96 @@
+"""`SDPruneCallback`: when it prunes, what stays zero, what it refuses."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from sdprune import SDPruneCallback, SDPruneConfig
+from sdprune.masking.pruner import measure_sparsity
+from sdprune.masking.schedule import sparsity_before
+from sdprune.masking.swap import masked_layers
+
+CONFIG = SDPruneConfig(target_sparsity=0.8, pruning_steps=3, end_ratio=0.5, distillation=None)
+
+
+def make_trainer(model, args, dataset, tokenizer, *callbacks, config=CONFIG):
+    return Trainer(
+        model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[SDPruneCallback(config), *callbacks]
+    )
+
+
+@pytest.mark.parametrize("optimizer", [{"optim": "adamw_torch", "weight_decay": 0.1}, {"optim": "sgd"}])
+def test_zeros_stay_zeros_after_every_step(model_factory, dataset_factory, tokenizer, arguments, optimizer):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            for layer in masked_layers(kwargs["model"]).values():  # masked before anything clipped them
+                assert bool((layer.weight.grad[~layer.bit_mask.to_bool()] == 0).all())
+
+        def on_step_end(self, args, state, control, **kwargs):
+            model = kwargs["model"]
+            for layer in masked_layers(model).values():
+                assert bool((layer.weight[~layer.bit_mask.to_bool()] == 0).all())
+            expected = sparsity_before(CONFIG, state.max_steps, state.global_step)
+            assert measure_sparsity(model).linear == pytest.approx(expected, abs=1e-3)
+            seen.append(round(expected, 4))
+
+    trainer = make_trainer(model_factory(), arguments(**optimizer), dataset_factory(64), tokenizer, Watch())
+    trainer.train()
+    assert seen == pytest.approx([0.4152, 0.4152, 0.658, 0.658, 0.8, 0.8, 0.8, 0.8], abs=1e-4)
+
+
+def test_the_gradient_norm_that_is_clipped_leaves_pruned_weights_out(
+    model_factory, dataset_factory, tokenizer, arguments
+):
+    norms = []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "grad_norm" in logs:
+                norms.append(logs["grad_norm"])
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
+            self.own = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
+
+    watch = Watch()
+    args = arguments(max_grad_norm=1e9, logging_steps=1)
+    make_trainer(model_factory(), args, dataset_factory(64), tokenizer, watch).train()
+    assert norms[-1] == pytest.approx(watch.own, rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"load_best_model_at_end": True}, {"save_strategy": "best"}], ids=str)
+def test_selection_before_the_target_is_refused(model_factory, dataset_factory, tokenizer, arguments, changes):
+    args = arguments(
+        **({"save_strategy": "steps", "eval_strategy": "steps", "metric_for_best_model": "loss"} | changes)
+    )
+    model = model_factory()
+    with pytest.raises(ValueError, match="would keep a model from before the target sparsity; set load_best_model"):
+        Trainer(
+            model,
+            args,
+            train_dataset=dataset_factory(8),
+            eval_dataset=dataset_factory(8),
+            processing_class=tokenizer,
+            callbacks=[SDPruneCallback(CONFIG)],
+        )
+    assert not masked_layers(model)
+
+
+def test_a_callback_that_came_too_late_says_so(model_factory, dataset_factory, tokenizer, arguments):
+    trainer = Trainer(model_factory(), arguments(), train_dataset=dataset_factory(64), processing_class=tokenizer)
+    trainer.add_callback(SDPruneCallback(CONFIG))
+    with pytest.raises(ValueError, match=r"no masked layers; pass SDPruneCallback in callbacks=\[\.\.\.\]"):
+        trainer.train()
+
+
+def test_masks_of_another_configuration_are_refused(model_factory, dataset_factory, tokenizer, arguments, tmp_path):
+    dataset = dataset_factory(64)
+    args = arguments(save_strategy="steps", save_steps=4)
+    make_trainer(model_factory(), args, dataset, tokenizer).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    other = SDPruneConfig(target_sparsity=0.3, pruning_steps=3, end_ratio=0.5, distillation=None)
+    trainer = make_trainer(model_factory(), args, dataset, tokenizer, config=other)
+    with pytest.raises(ValueError, match="the masks have sparsity 0.658. where this configuration has 0.2116"):
+        trainer.train(resume_from_checkpoint=checkpoint)
