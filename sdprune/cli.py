@@ -21,9 +21,11 @@ WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for wrong input, 1 for a failure, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
+    from safetensors import SafetensorError
+
+    _quiet_libraries()
     if options.traceback:
         return int(options.command(options))
-    _quiet_libraries()
     try:
         return int(options.command(options))
     except KeyboardInterrupt as error:
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         _complain(f"error: {_one_line(error)}")
         return WRONG_INPUT
-    except (OSError, RuntimeError, ArithmeticError) as error:
+    except (OSError, RuntimeError, ArithmeticError, SafetensorError) as error:
         _complain(f"error: {_one_line(error)}{_advice(error)}")
         return FAILED
 
@@ -50,9 +52,7 @@ def _one_line(error: BaseException) -> str:
 
 def _advice(error: BaseException) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or re.search(
-        r"no space left|os error 28|file too large|PytorchStreamWriter", str(error), re.IGNORECASE
-    ):
+    if full or re.search(r"no space left|os error 28|file too large|PytorchStreamWriter", str(error), re.IGNORECASE):
         return ". Free some space; a run goes on from its last whole checkpoint with: sdprune prune --resume OUTPUT"
     return ""
 
@@ -61,8 +61,8 @@ def _quiet_libraries() -> None:
     """Silence what transformers says while it loads: what matters of it is checked and said by us."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: Any) -> None:
     text = "prune a small real model on real text, with and without its teacher, and compare"
     parser = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="a new folder (default: %(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="a new folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of about two minutes")
     parser.set_defaults(command=_demo)
 
@@ -108,13 +106,9 @@ def _add_prune(commands: Any) -> None:
         "(underscores for hyphens); options override it.",
     )
     parser.add_argument("--recipe", type=Path, help="YAML or JSON file")
-    parser.add_argument(
-        "--resume", type=Path, metavar="OUTPUT", help="go on with the interrupted run in this folder"
-    )
+    parser.add_argument("--resume", type=Path, metavar="OUTPUT", help="go on with the interrupted run in this folder")
     parser.add_argument("--output", type=Path, help="a new folder for everything that comes of the run")
-    parser.add_argument(
-        "--model", help="folder or hub id of a fine-tuned classifier; bundled-minilm: a small encoder"
-    )
+    parser.add_argument("--model", help="folder or hub id of a fine-tuned classifier; bundled-minilm: a small encoder")
     for title, kind in (("data", DataConfig), ("training", TrainingConfig), ("pruning", SDPruneConfig)):
         _add_fields(parser.add_argument_group(title), kind)
     parser.set_defaults(command=_prune)
@@ -123,11 +117,7 @@ def _add_prune(commands: Any) -> None:
 def _prune(options: argparse.Namespace) -> int:
     from sdprune.pipelines.run import RECIPE_NAME, run
 
-    given = {
-        name: value
-        for name, value in vars(options).items()
-        if name in _recipe_names() and value is not _ABSENT
-    }
+    given = {name: value for name, value in vars(options).items() if name in _recipe_names() and value is not _ABSENT}
     if options.model is not None:
         given["model"] = options.model
     if options.resume is not None:

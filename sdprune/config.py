@@ -138,7 +138,7 @@ class SDPruneConfig(_Config):
             (an equal fraction of the remaining weights a step), "cubic" (fast, then slow).
         start_ratio: fraction of the training at which the first pruning step happens, in [0, 1].
         end_ratio: fraction of the training at which the last pruning step happens, in [start_ratio, 1].
-        pruning_steps: number of pruning steps; ignored by nothing: "one_shot" requires 1.
+        pruning_steps: number of pruning steps; 1 with "one_shot".
         target_modules: regular expression or several; a linear layer is pruned if one matches its whole dotted
             name. None: every linear layer of the encoder or decoder, without embeddings and heads.
         exclude_modules: regular expression or several; what matches is left alone.
@@ -343,7 +343,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from flat keys; raises ValueError for a key that belongs to no part, naming the nearest one."""
-        parts = {"data": DataConfig, "training": TrainingConfig, "pruning": SDPruneConfig}
+        parts: dict[str, type[Any]] = {"data": DataConfig, "training": TrainingConfig, "pruning": SDPruneConfig}
         owner = {name: part for part, kind in parts.items() for name in kind.field_names()}
         grouped: dict[str, dict[str, Any]] = {part: {} for part in parts}
         for key, value in values.items():

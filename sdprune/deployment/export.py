@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdprune.config import SDPruneConfig
 from sdprune.files import new_directory, write_text
-from sdprune.masking.pruner import masked_fraction
+from sdprune.masking.pruner import masked_fraction, measure_sparsity
 from sdprune.masking.select import select_linears
 from sdprune.masking.swap import masked_layers
 
@@ -77,6 +77,4 @@ def dense_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
 def _layer_sparsity(model: torch.nn.Module, config: SDPruneConfig | None) -> dict[str, float]:
     if masked_fraction(model) > 0.0:
         return {name: layer.sparsity for name, layer in masked_layers(model).items()}
-    names = select_linears(model, config or SDPruneConfig())
-    weights = {name: model.get_submodule(name).weight for name in names}
-    return {name: float((weight == 0).float().mean()) for name, weight in weights.items()}
+    return measure_sparsity(model, select_linears(model, config or SDPruneConfig())).layers

@@ -65,10 +65,6 @@ def reload_differences(
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode:
             last = (process.stderr.strip().splitlines() or ["no output"])[-1]
-            raise RuntimeError(
-                f"a fresh process could not load {', '.join(map(str, folders.values()))}: {last}"
-            )
+            raise RuntimeError(f"a fresh process could not load {', '.join(map(str, folders.values()))}: {last}")
         found = load_file(target)
-    return {
-        name: float((found[str(index)] - expected[name]).abs().max()) for index, name in enumerate(folders)
-    }
+    return {name: float((found[str(index)] - expected[name]).abs().max()) for index, name in enumerate(folders)}

@@ -9,6 +9,7 @@ alpha / (1 - alpha), up to an overall factor to which Adam is blind.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -37,9 +38,7 @@ def represent(signals: Signals, attention_mask: Tensor | None, kind: str) -> tup
         )
     if kind == "pooled":
         if signals.pooled is None:
-            raise ValueError(
-                "representation='pooled', but the model has no pooler; choose first, mean or tokens"
-            )
+            raise ValueError("representation='pooled', but the model has no pooler; choose first, mean or tokens")
         return signals.pooled, None
     if kind == "tokens":
         return hidden.flatten(0, 1), None if attention_mask is None else attention_mask.flatten()
@@ -52,9 +51,7 @@ def represent(signals: Signals, attention_mask: Tensor | None, kind: str) -> tup
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1), None
 
 
-def cross_correlation(
-    student: Signals, teacher: Signals, mask: Tensor | None, config: SDPruneConfig
-) -> Tensor:
+def cross_correlation(student: Signals, teacher: Signals, mask: Tensor | None, config: SDPruneConfig) -> Tensor:
     """SDP-CC: the cross-correlation loss of student and teacher features, divided by the number of features.
 
     The division is ours: it makes the weight independent of the width. Rows are the examples or tokens of one
@@ -69,7 +66,7 @@ def cross_correlation(
         student_rows,
         teacher_rows,
         off_diagonal_weight=config.off_diagonal_weight,
-        target=config.correlation_target,
+        target=cast(Literal["identity", "teacher"], config.correlation_target),
         sample_weight=weight,
     )
     return loss / student_rows.shape[1]
@@ -95,7 +92,4 @@ def distillation_terms(
     student: Signals, teacher: Signals, attention_mask: Tensor | None, config: SDPruneConfig
 ) -> dict[str, Tensor]:
     """Return every distillation term of `config` by name, unweighted."""
-    return {
-        name: OBJECTIVES[name](student, teacher, attention_mask, config)
-        for name in config.distillation_weights
-    }
+    return {name: OBJECTIVES[name](student, teacher, attention_mask, config) for name in config.distillation_weights}

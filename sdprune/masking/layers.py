@@ -20,7 +20,7 @@ class _MaskGradient(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (words,) = ctx.saved_tensors
         kept = BitMask(words, (grad.shape[0], grad.shape[1])).to_bool()
         return torch.where(kept, grad, torch.zeros((), dtype=grad.dtype, device=grad.device)), None
@@ -112,7 +112,8 @@ class MaskedLinear(nn.Linear):
         """Apply the layer to rows in the last dimension of `input`."""
         if self.keep_pruned_values:
             return masked_linear(input, self.weight, self.bit_mask, self.bias)
-        return functional.linear(input, _MaskGradient.apply(self.weight, self.mask), self.bias)
+        weight: Tensor = _MaskGradient.apply(self.weight, self.mask)  # type: ignore[no-untyped-call]
+        return functional.linear(input, weight, self.bias)
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""

@@ -12,8 +12,8 @@ from sdprune.config import SDPruneConfig
 from sdprune.masking.criteria import CRITERIA
 from sdprune.masking.layers import MaskedLinear
 from sdprune.masking.select import select_linears
-from sdprune.masking.structure import check_structure, structure_arguments
-from sdprune.masking.swap import masked_layers, swap
+from sdprune.masking.structure import check_structure, selection_arguments
+from sdprune.masking.swap import masked_layers, named_weights, swap
 
 
 def mask_model(model: nn.Module, config: SDPruneConfig) -> None:
@@ -23,7 +23,7 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> None:
         ValueError: the choice matches nothing or a block does not divide a layer.
     """
     names = select_linears(model, config)
-    check_structure({name: model.get_submodule(name).weight for name in names}, config)
+    check_structure(named_weights(model, names), config)
     swap(model, names, MaskedLinear.from_dense)
 
 
@@ -33,8 +33,7 @@ def prune_step(model: nn.Module, config: SDPruneConfig, sparsity: float) -> None
     layers = list(masked_layers(model).values())
     score = CRITERIA[config.criterion]
     scores = [score(layer.weight).masked_fill_(~layer.bit_mask.to_bool(), -torch.inf) for layer in layers]
-    scope = "global" if config.scope == "global" else "tensor"
-    masks = select_mask(scores, sparsity, scope=scope, **structure_arguments(config))
+    masks = select_mask(scores, sparsity, **selection_arguments(config))
     for layer, mask in zip(layers, masks, strict=True):
         layer.set_mask(mask)
 
@@ -80,8 +79,7 @@ def measure_sparsity(model: nn.Module, names: list[str] | None = None) -> Sparsi
         model: a model with masked or dense layers.
         names: the layers to count; None: the masked ones.
     """
-    chosen = names if names is not None else list(masked_layers(model))
-    weights = {name: model.get_submodule(name).weight for name in chosen}
+    weights = named_weights(model, list(masked_layers(model)) if names is None else names)
     zeros = {name: int(weight.numel() - weight.count_nonzero()) for name, weight in weights.items()}
     return Sparsity(
         layers={name: zeros[name] / weight.numel() for name, weight in weights.items()},

@@ -60,8 +60,7 @@ def _matching(option: str, patterns: str | tuple[str, ...], candidates: list[str
             raise ValueError(f"{option}: {pattern!r} is not a regular expression ({error})") from None
         if not found:
             raise ValueError(
-                f"{option}: {pattern!r} matches no linear layer (the whole name must match). "
-                + _listed(candidates)
+                f"{option}: {pattern!r} matches no linear layer (the whole name must match). " + _listed(candidates)
             )
         matched |= found
     return [name for name in candidates if name in matched]

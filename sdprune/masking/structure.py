@@ -10,11 +10,12 @@ from torch import Tensor
 from sdprune.config import SDPruneConfig
 
 
-def structure_arguments(config: SDPruneConfig) -> dict[str, Any]:
-    """Return the keyword arguments that make `select_mask` prune in the structure of `config`."""
+def selection_arguments(config: SDPruneConfig) -> dict[str, Any]:
+    """Return the keyword arguments that make `select_mask` prune in the structure and scope of `config`."""
+    scope = "global" if config.scope == "global" else "tensor"
     if config.structure == "block":
-        return {"structure": "block", "block_shape": config.block_shape}
-    return {"structure": "unstructured"}
+        return {"structure": "block", "block_shape": config.block_shape, "scope": scope}
+    return {"structure": "unstructured", "scope": scope}
 
 
 def check_structure(weights: Mapping[str, Tensor], config: SDPruneConfig) -> None:

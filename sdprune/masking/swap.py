@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from sdprune.masking.layers import MaskedLinear
 
@@ -31,3 +31,8 @@ def unswap(model: Model) -> Model:
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """Return the masked layers of a model by name. Looked up each time: wrappers may replace parameters."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+
+
+def named_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the weights of the named layers."""
+    return {name: model.get_parameter(f"{name}.weight") for name in names}

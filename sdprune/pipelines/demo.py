@@ -90,9 +90,7 @@ class _TakeSnapshots(TrainerCallback):
         self.config, self.folder, self.workbench = config, folder, workbench
         self.taken: list[Snapshot] = []
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ends = (*pruning_moments(self.config, state.max_steps)[1:], state.max_steps)
         if state.global_step not in ends:
             return
@@ -187,9 +185,7 @@ def _compared(assessments: dict[str, list[Assessment]], workbench: Workbench) ->
 
 
 def _notes(size: DemoSize, quick: bool) -> list[str]:
-    smoke = [
-        "This was a smoke test on a small part of the data: it shows that everything runs, not how well."
-    ]
+    smoke = ["This was a smoke test on a small part of the data: it shows that everything runs, not how well."]
     return (smoke if quick else []) + [
         f"Model: all-MiniLM-L6-v2; text: movie-review snippets, split by movie. {size.recovery_steps} optimizer steps "
         "follow each pruning step in both pruned runs, and the dense model was trained for as many steps in all.",

@@ -15,9 +15,7 @@ from tqdm.auto import tqdm
 from sdprune.data.examples import EncodedExamples
 
 
-def collate(
-    tokenizer: Any, rows: list[dict[str, Any]], device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+def collate(tokenizer: Any, rows: list[dict[str, Any]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Pad rows of token ids into one batch without labels."""
     inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
     return {key: value.to(device) for key, value in tokenizer.pad(inputs, return_tensors="pt").items()}

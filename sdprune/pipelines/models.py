@@ -88,9 +88,7 @@ def _check_folder(name: str) -> None:
             raise ValueError(f"model {name!r} is not a folder")
         return
     if not (folder / "config.json").exists():
-        raise ValueError(
-            f"model folder {name!r} has no config.json; name a folder that save_pretrained wrote"
-        )
+        raise ValueError(f"model folder {name!r} has no config.json; name a folder that save_pretrained wrote")
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if not weights:
         raise ValueError(

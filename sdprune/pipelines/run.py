@@ -70,9 +70,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
     dense_scores = workbench.score(
         predict(classifier.model, workbench.test, classifier.tokenizer, description="testing the dense model")
     )
-    result = prune_on(
-        workbench, recipe, output, callbacks=[_SaveRecipe(recipe, output / RECIPE_NAME)], resume=resume
-    )
+    result = prune_on(workbench, recipe, output, callbacks=[_SaveRecipe(recipe, output / RECIPE_NAME)], resume=resume)
     snapshot = take_snapshot(result.model, config, output / "model", workbench)
     dense = load_workbench(recipe.model, recipe.data, cache).classifier.model
     (assessment,) = assess([snapshot], dense, workbench)

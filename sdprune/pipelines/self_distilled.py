@@ -105,7 +105,7 @@ def prune(
     try:
         with interrupt:
             trainer.train(resume_from_checkpoint=resume)
-    except OSError:
+    except BaseException:  # a full disk or a second Ctrl-C may have struck in the middle of a checkpoint
         remove_incomplete(directory)
         raise
     finally:
@@ -143,9 +143,7 @@ def _claim(directory: Path, config: SDPruneConfig, args: TrainingArguments) -> s
     remove_incomplete(directory)
     if isinstance(resume, str) and resume.lower() not in ("true", "latest"):
         if not (Path(resume) / MARKER).exists():
-            raise ValueError(
-                f"resume_from_checkpoint {resume!r} is no whole checkpoint ({MARKER} is missing)"
-            )
+            raise ValueError(f"resume_from_checkpoint {resume!r} is no whole checkpoint ({MARKER} is missing)")
         return resume
     whole = checkpoints(directory)
     if not whole:

@@ -68,7 +68,6 @@ def load_workbench(model: str, data: DataConfig, cache: Path | None = None) -> W
     if classifier.trained_head:
         task = align_labels(task, classifier.model)
     splits = (
-        encode(examples, classifier.tokenizer, data.max_length)
-        for examples in (task.train, task.validation, task.test)
+        encode(examples, classifier.tokenizer, data.max_length) for examples in (task.train, task.validation, task.test)
     )
     return Workbench(task, classifier, *splits)

@@ -35,9 +35,7 @@ class SDPruneCallback(TrainerCallback):
     def __init__(self, config: SDPruneConfig) -> None:
         self.config = config
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mask the model."""
         if args.load_best_model_at_end or args.save_strategy == "best":
             raise ValueError(
@@ -53,9 +51,7 @@ class SDPruneCallback(TrainerCallback):
         """Check that the schedule fits the training and the masks fit the step."""
         model: nn.Module = kwargs["model"]
         if not masked_layers(model):
-            raise ValueError(
-                "the model has no masked layers; pass SDPruneCallback in callbacks=[...] of the Trainer"
-            )
+            raise ValueError("the model has no masked layers; pass SDPruneCallback in callbacks=[...] of the Trainer")
         self._check_sparsity(model, sparsity_before(self.config, state.max_steps, state.global_step))
 
     def _check_sparsity(self, model: nn.Module, expected: float) -> None:

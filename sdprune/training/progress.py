@@ -39,9 +39,7 @@ class ProgressBar(TrainerCallback):
                 dynamic_ncols=True,
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance."""
         if self.bar is not None:
             self.bar.update(1)
@@ -97,9 +95,7 @@ class RunFolder(TrainerCallback):
             rows = "".join(json.dumps(row) + "\n" for row in state.log_history)
             write_text(self.directory / METRICS_NAME, rows)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the newest row."""
         if state.is_world_process_zero:
             with (self.directory / METRICS_NAME).open("a", encoding="utf-8") as file:
@@ -145,17 +141,13 @@ class FinishStepOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint."""
         if self.requested:
             control.should_evaluate = False
             control.should_save = True
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave, now that the checkpoint is whole."""
         if self.requested:
             raise TrainingInterrupted(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class SDPruneTrainer(Trainer):
 
     def _make_teacher(self, teacher_model: nn.Module | None) -> Teacher:
         if teacher_model is None:
-            return Teacher(self.model, copy_model=True)
+            return Teacher(cast(nn.Module, self.model), copy_model=True)
         student, teacher = (getattr(m, "config", None) for m in (self.model, teacher_model))
         classes = [getattr(c, "num_labels", None) for c in (student, teacher)]
         if classes[0] != classes[1]:
@@ -104,7 +104,7 @@ class SDPruneTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         lengths = getattr(dataset, "lengths", None) or [len(row["input_ids"]) for row in dataset]

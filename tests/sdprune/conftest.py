@@ -127,10 +127,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: BertTokeni
 
 
 @pytest.fixture(scope="session")
-def csv_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def csv_writer():
+    def write(path: Path, count: int) -> Path:
+        texts, labels = make_texts(count)
+        rows = [f"{text},{'good' if label else 'bad'}" for text, label in zip(texts, labels, strict=True)]
+        path.write_text("\n".join(["text,label", *rows]) + "\n")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def csv_file(tmp_path_factory: pytest.TempPathFactory, csv_writer) -> Path:
     """Return a CSV file of 160 labelled sentences."""
-    path = tmp_path_factory.mktemp("data") / "reviews.csv"
-    texts, labels = make_texts(160)
-    rows = [f"{text},{'good' if label else 'bad'}" for text, label in zip(texts, labels, strict=True)]
-    path.write_text("\n".join(["text,label", *rows]) + "\n")
-    return path
+    return csv_writer(tmp_path_factory.mktemp("data") / "reviews.csv", 160)

@@ -88,7 +88,9 @@ def test_a_misspelt_key_gets_the_nearest_name():
         Recipe.from_dict({"model": "m", "learning-rate": 0.5})
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "must hold `key: value` lines"), ("a: [", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a\n- b\n", "must hold `key: value` lines"), ("a: [", "not valid YAML")]
+)
 def test_a_file_that_is_no_recipe(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):

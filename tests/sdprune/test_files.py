@@ -20,9 +20,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_failed_block_leaves_no_folder(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), new_directory(tmp_path / "model") as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError("stop")
+    def write_half():
+        with new_directory(tmp_path / "model") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,9 @@ def test_every_layer_reaches_the_target_to_one_weight(model, sparsity):
 
 def test_the_smallest_weights_go(model):
     config = SDPruneConfig()
-    weights = {name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")}
+    weights = {
+        name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")
+    }
     mask_model(model, config)
     prune_step(model, config, 0.5)
     for name, layer in masked_layers(model).items():
@@ -58,7 +60,9 @@ def test_blocks_are_whole_and_exact(model):
 
 
 def test_a_block_that_does_not_divide_names_the_layer(model):
-    with pytest.raises(ValueError, match=r"block_shape \(48, 32\).*layer\.0\.attention\.self\.query' of shape \(32, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"block_shape \(48, 32\).*layer\.0\.attention\.self\.query' of shape \(32, 32\)"
+    ):
         mask_model(model, SDPruneConfig(structure="block", block_shape=(48, 32)))
     assert not masked_layers(model)
 

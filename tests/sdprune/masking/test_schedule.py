@@ -1,5 +1,7 @@
 """Schedules are pure functions that end exactly at the target."""
 
+from itertools import pairwise
+
 import pytest
 
 from sdprune import SDPruneConfig
@@ -23,7 +25,7 @@ def test_formulas():
     assert levels("cubic") == pytest.approx((0.4625, 0.7, 0.7875, 0.8))
     geometric = levels("geometric")
     kept = [1.0, *(1.0 - level for level in geometric)]
-    assert [b / a for a, b in zip(kept, kept[1:], strict=False)] == pytest.approx([0.2**0.25] * 4)
+    assert [b / a for a, b in pairwise(kept)] == pytest.approx([0.2**0.25] * 4)
 
 
 def test_one_shot_takes_one_step():

@@ -3,7 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from transformers import DistilBertConfig, DistilBertForSequenceClassification, RobertaConfig, RobertaForTokenClassification
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForTokenClassification,
+)
 
 from sdprune import SDPruneConfig
 from sdprune.masking.select import select_linears
@@ -18,9 +23,13 @@ def test_default_is_the_layer_stack_without_embeddings_pooler_and_head(model):
 @pytest.mark.parametrize(
     "other",
     [
-        lambda: DistilBertForSequenceClassification(DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=50)),
+        lambda: DistilBertForSequenceClassification(
+            DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=50)
+        ),
         lambda: RobertaForTokenClassification(
-            RobertaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+            RobertaConfig(
+                hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50
+            )
         ),
     ],
     ids=["distilbert", "roberta"],
@@ -38,7 +47,9 @@ def test_the_body_alone_is_selected_like_the_whole(model):
 def test_patterns_match_whole_names(model):
     names = select_linears(model, SDPruneConfig(target_modules=r".*\.(query|key)"))
     assert len(names) == 4
-    names = select_linears(model, SDPruneConfig(target_modules=(r".*query", r".*key"), exclude_modules=r".*layer\.0\..*"))
+    names = select_linears(
+        model, SDPruneConfig(target_modules=(r".*query", r".*key"), exclude_modules=r".*layer\.0\..*")
+    )
     assert len(names) == 2
     assert all("layer.1" in name for name in names)
     assert select_linears(model, SDPruneConfig(target_modules="classifier")) == ["classifier"]

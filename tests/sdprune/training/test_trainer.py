@@ -48,7 +48,13 @@ def test_accumulated_batches_equal_one_large_batch(
         model = model_factory(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         teacher = model_factory(seed=1)
         make_trainer(
-            model, args, dataset_factory(96), tokenizer, teacher=teacher, distillation=distillation, representation="first"
+            model,
+            args,
+            dataset_factory(96),
+            tokenizer,
+            teacher=teacher,
+            distillation=distillation,
+            representation="first",
         ).train()
         states.append(model.state_dict())
     for name, value in states[0].items():
@@ -163,5 +169,9 @@ def test_a_plain_trainer_can_prune(model_factory, dataset_factory, tokenizer, ar
         processing_class=tokenizer,
         callbacks=[SDPruneCallback(config)],
     ).train()
-    zeros = [float((layer.weight == 0).float().mean()) for layer in model.modules() if type(layer) is not nn.Linear and isinstance(layer, nn.Linear)]
+    zeros = [
+        float((layer.weight == 0).float().mean())
+        for layer in model.modules()
+        if type(layer) is not nn.Linear and isinstance(layer, nn.Linear)
+    ]
     assert zeros == [0.5] * 12

@@ -1,0 +1,82 @@
+"""What an import costs, and which way the packages point."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sdp_kernels
+import sdprune
+
+ROOTS = [Path(package.__file__).parent for package in (sdp_kernels, sdprune)]
+FILES = [path for root in ROOTS for path in sorted(root.rglob("*.py"))]
+
+HEAVY = ("transformers", "datasets", "sklearn", "matplotlib", "pandas", "triton", "scipy", "accelerate")
+
+
+def run(code: str) -> str:
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+def test_importing_sdprune_is_cheap():
+    """At most what `import torch, transformers.quantizers` costs plus 0.2 s; none of the heavy packages."""
+    found = run(
+        "import time, torch; start = time.perf_counter(); import sdprune; took = time.perf_counter() - start; "
+        f"import sys; print(took, *[name for name in {HEAVY!r} if name in sys.modules])"
+    ).split()
+    assert found[1:] == []
+    assert float(found[0]) < 0.2 + 2.0  # transformers.quantizers alone takes more than 2 s
+
+
+def test_public_names():
+    names = ["MaskedLinear", "PruneResult", "SDPruneCallback", "SDPruneConfig", "SDPruneTrainer", "export", "prune"]
+    assert sdprune.__all__ == names
+    assert dir(sdprune) == names
+    for name in names:
+        assert getattr(sdprune, name).__doc__
+    with pytest.raises(AttributeError, match="module 'sdprune' has no attribute 'prunes'"):
+        _ = sdprune.prunes
+
+
+def test_the_masked_layers_need_no_transformers():
+    blocked = "import sys; sys.modules['transformers'] = None; sys.modules['triton'] = None; "
+    assert run(blocked + "import sdprune, sdp_kernels; print(sdprune.MaskedLinear(8, 4).sparsity)") == "0.0"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(path.parts[-3:]))
+def test_house_rules(path):
+    """Data flows one way, files stay readable, libraries do not print."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450, "split the file"
+    tree = ast.parse(text)
+    imported = {
+        name.name if isinstance(node, ast.Import) else node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+    if "sdp_kernels" in path.parts:
+        assert not any(name.split(".")[0] in ("sdprune", "transformers") for name in imported if name)
+    if path.parts[-2] in ("masking", "distillation") or path.name in ("config.py", "files.py"):
+        assert not any((name or "").split(".")[0] == "transformers" for name in imported)
+    assert not any((name or "").split(".")[0] in ("tests", "bench", "pickle") for name in imported)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert not {name: size for name, size in long.items() if size > 90}
+    # no switches of our own: the cache folder follows the platform, the interpreter is Triton's
+    assert set(re.findall(r'os\.environ(?:\.get)?[\[(]"(\w+)"', text)) <= {"XDG_CACHE_HOME", "LOCALAPPDATA", "TRITON_INTERPRET"}
+
+
+def test_the_names_in_the_configuration_are_those_of_the_tables():
+    from sdprune import config
+    from sdprune.distillation.objectives import OBJECTIVES
+    from sdprune.masking.criteria import CRITERIA
+    from sdprune.pipelines.assess import METHODS
+
+    assert set(config.OBJECTIVES) == set(OBJECTIVES) == set(METHODS)
+    assert set(config.CRITERIA) == set(CRITERIA)
