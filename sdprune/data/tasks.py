@@ -1,0 +1,199 @@
+"""What a run trains and tests on: the movie reviews, a GLUE task or the user's own files."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import difflib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from sdprune.config import DataConfig
+from sdprune.data.examples import EncodedExamples, Examples, encode
+from sdprune.data.sample import sample_reviews
+from sdprune.data.splits import split_grouped, split_stratified, stratified_order
+from sdprune.data.tables import FORMATS, first_line, read_table
+
+__all__ = ["TASKS", "EncodedExamples", "Examples", "Task", "encode", "load_task"]
+
+TEST_FRACTION = 0.25
+VALIDATION_FRACTION = 0.1
+MIN_ROWS = 8
+MOVIE_REVIEWS = "movie-reviews"
+CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
+REGRESSION_METRICS = ("pearson", "spearman")
+
+
+class _GlueTask(NamedTuple):
+    """Columns, names of the labels in the data set's own order, metrics and the labelled rows to test on."""
+
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    test: str = "validation"  # the labels of GLUE's own test rows are hidden
+
+
+_SENTENCES = ("sentence1", "sentence2")
+_GLUE = {
+    "cola": _GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy")),
+    "sst2": _GlueTask(("sentence",), ("negative", "positive")),
+    "mrpc": _GlueTask(_SENTENCES, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": _GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "stsb": _GlueTask(_SENTENCES, (), REGRESSION_METRICS),
+    "mnli": _GlueTask(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), test="validation_matched"),
+    "qnli": _GlueTask(("question", "sentence"), ("entailment", "not_entailment")),
+    "rte": _GlueTask(_SENTENCES, ("entailment", "not_entailment")),
+    "wnli": _GlueTask(_SENTENCES, ("not_entailment", "entailment")),
+}
+TASKS = (MOVIE_REVIEWS, *_GLUE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled text in three parts.
+
+    Args:
+        name: name of the task, or the file of its training rows.
+        label_names: name of every class, in the order of the indices; empty where numbers are predicted.
+        train: rows to train on.
+        validation: rows to choose settings with.
+        test: rows to report.
+        metrics: names of what is reported (`sdprune.data.metrics.compute`), the most important one first.
+    """
+
+    name: str
+    label_names: tuple[str, ...]
+    train: Examples
+    validation: Examples
+    test: Examples
+    metrics: tuple[str, ...]
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs that a model of the task has."""
+        return len(self.label_names) or 1
+
+
+def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
+    """Load the data that `config` names. The same configuration always gives the same rows.
+
+    Movie reviews: a quarter of the movies is held out for the test, a tenth of the others for validation.
+    GLUE: tested on its validation rows, as the labels of its test rows are hidden; validation is a tenth of
+    the training rows.
+    Files: parts without a file of their own are held out of the training rows: whole groups if there are
+    groups, with equal class balance otherwise. Labels that are numbers, not all whole, are predicted as numbers.
+
+    Args:
+        config: the names of the data and its columns.
+        cache: folder that keeps the movie reviews; None: the user's cache.
+
+    Raises:
+        ValueError: the configuration or the rows are unusable; the message is one line that says which.
+        OSError: the movie reviews or a GLUE task could not be fetched.
+    """
+    if config.data in TASKS:
+        _check_no_file_options(config)
+        if config.data == MOVIE_REVIEWS:
+            return _limited(_movie_reviews(config.split_seed, sample_reviews(cache)), config)
+        return _limited(_load_glue(config.data, config.split_seed), config)
+    path = Path(config.data)
+    if not path.is_file() and path.suffix.lower() not in FORMATS:
+        near = difflib.get_close_matches(config.data.lower(), TASKS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(
+            f"data {config.data!r} is neither a task nor a file{hint} "
+            f"Tasks: {', '.join(TASKS)}; files: {', '.join(FORMATS)}"
+        )
+    return _limited(_load_files(config), config)
+
+
+def _check_no_file_options(config: DataConfig) -> None:
+    for name in ("validation_data", "test_data", "text_pair_column", "group_column"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name} belongs to data in files, but data is the task {config.data!r}")
+
+
+def _movie_reviews(seed: int, path: Path) -> Task:
+    reviews: dict[str, tuple[str, int]] = {}
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["category"] != "plot":
+                text = " ".join(row["text"].split())
+                reviews.setdefault(text, (row["movie_name"], int(row["category"] == "fresh")))
+    movies = [movie for movie, _ in reviews.values()]
+    examples = Examples(tuple((text,) for text in reviews), tuple(label for _, label in reviews.values()))
+    split = split_grouped(movies, validation=VALIDATION_FRACTION, test=TEST_FRACTION, seed=seed)
+    train, validation, test = map(examples.select, split)
+    return Task(MOVIE_REVIEWS, ("rotten", "fresh"), train, validation, test, CLASSIFICATION_METRICS)
+
+
+def _load_glue(name: str, seed: int, repository: str = "nyu-mll/glue") -> Task:
+    task = _GLUE[name]
+    try:
+        import datasets
+
+        parts = datasets.load_dataset(repository, name, split=["train", task.test])
+    except Exception as error:  # many kinds, some of packages that datasets alone knows
+        raise OSError(
+            f"GLUE task {name!r} could not be loaded from {repository}: {first_line(error)}; "
+            "see to that, or name a file with --data FILE"
+        ) from error
+    train, test = (
+        Examples(tuple(zip(*(part[column] for column in task.text_columns), strict=True)), tuple(part["label"]))
+        for part in parts
+    )
+    split = split_stratified(_strata(train, task.label_names), validation=VALIDATION_FRACTION, test=0.0, seed=seed)
+    return Task(name, task.label_names, train.select(split.train), train.select(split.validation), test, task.metrics)
+
+
+def _load_files(config: DataConfig) -> Task:
+    table = read_table(Path(config.data), config, grouped=True)
+    if len(table.texts) < MIN_ROWS:
+        raise ValueError(f"{table.path} has {len(table.texts)} rows; at least {MIN_ROWS} are needed")
+    names = table.class_names()
+    rows = table.examples(names)
+    validation = 0.0 if config.validation_data else VALIDATION_FRACTION
+    test = 0.0 if config.test_data else TEST_FRACTION
+    if table.groups is not None:
+        split = split_grouped(table.groups, validation=validation, test=test, seed=config.split_seed)
+    else:
+        strata = _strata(rows, names)
+        split = split_stratified(strata, validation=validation, test=test, seed=config.split_seed)
+    parts = dict(zip(split._fields, map(rows.select, split), strict=True))
+    for part, file in (("validation", config.validation_data), ("test", config.test_data)):
+        if file:
+            parts[part] = read_table(Path(file), config, grouped=False).examples(names)
+    for part, examples in parts.items():
+        if len(examples) == 0:
+            raise ValueError(f"{table.path} has too few rows or groups: none is left for the {part} part")
+        unseen = set(examples.labels) - set(parts["train"].labels) if names else set()
+        if unseen:
+            label = names[int(min(unseen))]
+            raise ValueError(f"label {label!r} occurs in the {part} part, but in no training row")
+    metrics = CLASSIFICATION_METRICS if names else REGRESSION_METRICS
+    return Task(config.data, names, parts["train"], parts["validation"], parts["test"], metrics)
+
+
+def _strata(examples: Examples, label_names: Sequence[str]) -> Sequence[Hashable]:
+    return examples.labels if label_names else [None] * len(examples)
+
+
+def _limited(task: Task, config: DataConfig) -> Task:
+    """Return the task with at most as many rows as the configuration allows, class balance kept."""
+
+    def limited(examples: Examples, limit: int | None) -> Examples:
+        if limit is None or limit >= len(examples):
+            return examples
+        order = stratified_order(_strata(examples, task.label_names), config.split_seed)
+        return examples.select(sorted(order[:limit]))
+
+    return Task(
+        task.name,
+        task.label_names,
+        limited(task.train, config.max_train_samples),
+        limited(task.validation, config.max_eval_samples),
+        limited(task.test, config.max_eval_samples),
+        task.metrics,
+    )
