@@ -27,6 +27,7 @@ SCOPES = ("layer", "global")
 SCHEDULES = ("one_shot", "uniform", "geometric", "cubic")
 OBJECTIVES = ("cross_correlation", "kl", "cosine")
 CORRELATION_TARGETS = ("identity", "teacher")
+LR_SCHEDULERS = ("linear", "cosine", "constant_with_warmup", "cosine_with_restarts")
 REPRESENTATIONS = ("first", "mean", "pooled", "tokens")
 
 
@@ -276,7 +277,8 @@ class TrainingConfig(_Config):
         per_device_eval_batch_size: rows of an evaluation batch on each device.
         gradient_accumulation_steps: batches of one optimizer step.
         learning_rate: peak learning rate of AdamW.
-        lr_scheduler_type: "linear", "cosine" or "constant_with_warmup" after the warm-up.
+        lr_scheduler_type: "linear", "cosine", "constant_with_warmup", or "cosine_with_restarts" after the warm-up.
+        lr_cycles: number of cycles of "cosine_with_restarts"; each begins at the peak and ends at zero.
         warmup_steps: optimizer steps until the peak learning rate.
         weight_decay: AdamW's weight decay.
         max_grad_norm: gradients are clipped to this norm.
@@ -294,6 +296,7 @@ class TrainingConfig(_Config):
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "linear"
+    lr_cycles: int = 1
     warmup_steps: int = 20
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -305,7 +308,12 @@ class TrainingConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_choice("lr_scheduler_type", ("linear", "cosine", "constant_with_warmup"))
+        self._check_choice("lr_scheduler_type", LR_SCHEDULERS)
+        if self.lr_cycles != 1 and self.lr_scheduler_type != "cosine_with_restarts":
+            raise ValueError(
+                f"lr_cycles must be 1 with lr_scheduler_type={self.lr_scheduler_type!r}, got {self.lr_cycles}; "
+                "only 'cosine_with_restarts' has cycles"
+            )
         if self.max_steps != -1:
             self._check_at_least("max_steps", 1)
         for name in ("num_train_epochs", "warmup_steps", "weight_decay"):
@@ -317,6 +325,7 @@ class TrainingConfig(_Config):
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
+            "lr_cycles",
             "logging_steps",
             "eval_steps",
             "save_steps",

@@ -52,12 +52,13 @@ class DemoSize:
 
     @property
     def training(self) -> TrainingConfig:
-        """The training that all compared runs share."""
+        """The training that all compared runs share; the learning rate restarts with every pruning step."""
         return TrainingConfig(
             max_steps=LEVELS * self.recovery_steps,
             learning_rate=1e-4,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=self.recovery_steps // 4,
+            lr_scheduler_type="cosine_with_restarts",
+            lr_cycles=LEVELS,
+            warmup_steps=0,
             freeze_embeddings=True,
             eval_steps=self.recovery_steps,
         )
@@ -176,11 +177,11 @@ def _compared(assessments: dict[str, list[Assessment]], workbench: Workbench) ->
     for name, found in assessments.items():
         for own, other in zip(found, assessments["magnitude"], strict=True):
             correct, plain = (item.logits.argmax(1) == labels for item in (own, other))
-            comparison = {
-                "difference_to_magnitude": float(correct.mean() - plain.mean()),
-                "paired_standard_error": paired_bootstrap_standard_error(correct, plain),
-            }
-            rows.append(own.row | (comparison if name != "magnitude" else {}))
+            row = own.row | {"standard_error": float(correct.std() / len(correct) ** 0.5)}
+            if name != "magnitude":
+                row["difference_to_magnitude"] = float(correct.mean() - plain.mean())
+                row["paired_standard_error"] = paired_bootstrap_standard_error(correct, plain)
+            rows.append(row)
     return rows
 
 

@@ -25,6 +25,7 @@ def training_arguments(
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.lr_scheduler_type,
+        "lr_scheduler_kwargs": {"num_cycles": training.lr_cycles} if training.lr_cycles > 1 else None,
         "warmup_steps": training.warmup_steps,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,

@@ -18,12 +18,19 @@ def accuracy(prediction):
 
 @pytest.mark.parametrize("structure", ["unstructured", "block"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("distillation", [None, "cross_correlation", "kl", "cosine", {"kl": 0.5, "cross_correlation": 1.0}])
+@pytest.mark.parametrize(
+    "distillation", [None, "cross_correlation", "kl", "cosine", {"kl": 0.5, "cross_correlation": 1.0}]
+)
 def test_every_combination_reaches_its_target(
     model_factory, dataset_factory, tokenizer, arguments, structure, scope, distillation
 ):
     config = SDPruneConfig(
-        target_sparsity=0.75, structure=structure, block_shape=(8, 8), scope=scope, distillation=distillation, **SCHEDULE
+        target_sparsity=0.75,
+        structure=structure,
+        block_shape=(8, 8),
+        scope=scope,
+        distillation=distillation,
+        **SCHEDULE,
     )
     result = prune(model_factory(), config, dataset_factory(64), args=arguments(), processing_class=tokenizer)
     unit = 64 if structure == "block" else 1
@@ -54,7 +61,9 @@ def test_the_result_tells_what_happened(model_factory, dataset_factory, tokenize
     assert [row["sparsity"] for row in training] == sorted(row["sparsity"] for row in training)
     assert training[-1]["sparsity"] == pytest.approx(0.5, abs=1e-4)
     for row in training:
-        assert row["loss"] == pytest.approx(row["loss_task"] + row["loss_cross_correlation"] + row["loss_cosine"], rel=1e-4)
+        assert row["loss"] == pytest.approx(
+            row["loss_task"] + row["loss_cross_correlation"] + row["loss_cosine"], rel=1e-4
+        )
     assert sum("eval_accuracy" in row for row in rows) >= 2
     assert SDPruneConfig.from_pretrained(result.output_dir) == config
 
