@@ -125,9 +125,10 @@ def pack_bits(mask: Tensor) -> Tensor:
     rows, columns = mask.shape
     words = words_shape((rows, columns))[1]
     padded = torch.nn.functional.pad(mask, (0, words * WORD_BITS - columns)).contiguous()
-    octets = padded.view(torch.int64)  # eight weights each
     _require_little_endian()
-    return (octets * _GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8).view(torch.int32)
+    octets = padded.flatten().view(torch.int64)  # eight weights each
+    octets = (octets * _GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
+    return octets.view(torch.int32).view(rows, words)
 
 
 def unpack_bits(words: Tensor, columns: int) -> Tensor:
@@ -136,9 +137,10 @@ def unpack_bits(words: Tensor, columns: int) -> Tensor:
     Looks every byte up among the 256 patterns of eight weights, which is far faster than shifting bits out.
     """
     _require_little_endian()
-    octets = words.contiguous().view(torch.uint8)
-    patterns = _patterns(words.device).index_select(0, octets.flatten().int())
-    return patterns.view(torch.bool).view(words.shape[0], -1)[:, :columns].contiguous()
+    octets = words.flatten().view(torch.uint8)
+    patterns = _patterns(words.device).index_select(0, octets.int())
+    mask = patterns.view(torch.bool).view(words.shape[0], words.shape[1] * WORD_BITS)
+    return mask[:, :columns].contiguous()
 
 
 @torch.library.custom_op("sdp_kernels::unpack_bits", mutates_args=())

@@ -1,0 +1,98 @@
+"""Packing of masks: exact for any shape, cheap to build, a pytree."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from sdp_kernels import BitMask
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (2, 32), (5, 33), (7, 64), (4, 100), (1, 257), (0, 5), (3, 0)])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_round_trip(shape: tuple[int, int], density: float) -> None:
+    mask = torch.rand(shape) < density
+    packed = BitMask.from_bool(mask)
+    assert packed.words.dtype == torch.int32
+    assert packed.words.shape == (shape[0], -(-shape[1] // 32))
+    assert packed.shape == shape
+    assert packed.nbytes == 4 * packed.words.numel()
+    assert torch.equal(packed.to_bool(), mask)
+    assert packed.sparsity == pytest.approx(1 - mask.double().mean().item() if mask.numel() else 0.0)
+
+
+def test_layout_is_as_documented() -> None:
+    """Bit j of word w is column 32 w + j, and the padding is 0."""
+    mask = torch.rand(3, 70) < 0.5
+    words = BitMask.from_bool(mask).words
+    for row in range(3):
+        for column in range(96):
+            bit = (int(words[row, column // 32]) >> (column % 32)) & 1
+            assert bit == (column < 70 and bool(mask[row, column]))
+
+
+def test_strided_masks() -> None:
+    mask = torch.rand(40, 9) < 0.5
+    assert torch.equal(BitMask.from_bool(mask.T).to_bool(), mask.T)
+    packed = BitMask.from_bool(mask)
+    strided = BitMask(packed.words.T.contiguous().T, packed.shape)
+    assert torch.equal(strided.to_bool(), mask)
+
+
+def test_blocks() -> None:
+    grid = torch.rand(3, 5) < 0.5
+    packed = BitMask.from_blocks(grid, (4, 14), (12, 70))
+    dense = grid.repeat_interleave(4, 0).repeat_interleave(14, 1)
+    assert torch.equal(packed.to_bool(), dense)
+    assert torch.equal(packed.to_blocks(), grid)
+    assert packed.block_shape == (4, 14)
+    again = BitMask.from_bool(dense, block_shape=(4, 14))
+    assert again.block_shape == (4, 14)
+    assert again.equal(packed)
+
+
+def test_equal_compares_shape_and_bits() -> None:
+    mask = torch.rand(4, 40) < 0.5
+    packed = BitMask.from_bool(mask)
+    assert packed.equal(BitMask.from_bool(mask.clone()))
+    assert not packed.equal(BitMask.from_bool(~mask))
+    assert not BitMask.from_bool(torch.ones(1, 3).bool()).equal(BitMask.from_bool(torch.tensor([[1, 1, 1, 0]]).bool()))
+    assert packed.to("cpu").equal(packed)
+    assert copy.deepcopy(packed).equal(packed)
+
+
+def test_is_a_pytree_of_its_words() -> None:
+    packed = BitMask.from_blocks(torch.eye(2).bool(), (2, 3), (4, 6))
+    leaves, structure = pytree.tree_flatten(packed)
+    assert any(leaf is packed.words for leaf in leaves)
+    rebuilt = pytree.tree_unflatten(leaves, structure)
+    assert isinstance(rebuilt, BitMask)
+    assert rebuilt.equal(packed)
+    assert rebuilt.block_shape == packed.block_shape
+
+
+def test_unpacking_is_registered_rightly() -> None:
+    words = BitMask.from_bool(torch.rand(3, 40) < 0.5).words
+    torch.library.opcheck(torch.ops.sdp_kernels.unpack_bits, (words, 40))
+
+
+def test_unpacks_inside_compiled_code() -> None:
+    packed = BitMask.from_bool(torch.rand(3, 40) < 0.5)
+    count = torch.compile(lambda mask: mask.to_bool().sum(), fullgraph=True, backend="aot_eager")
+    assert count(packed) == packed.to_bool().sum()
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match=r"mask must be a bool tensor, got torch\.float32"):
+        BitMask.from_bool(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"mask must have 2 dimensions, got shape \(2,\)"):
+        BitMask.from_bool(torch.ones(2).bool())
+    with pytest.raises(ValueError, match=r"block_shape \(3, 2\) must divide the shape \(4, 4\)"):
+        BitMask.from_bool(torch.ones(4, 4).bool(), block_shape=(3, 2))
+    with pytest.raises(ValueError, match=r"keep or prune blocks of shape \(2, 2\) as a whole"):
+        BitMask.from_bool(torch.eye(4).bool(), block_shape=(2, 2))
+    with pytest.raises(ValueError, match=r"blocks must have shape \(2, 2\), got \(3, 2\)"):
+        BitMask.from_blocks(torch.ones(3, 2).bool(), (2, 2), (4, 4))
+    with pytest.raises(ValueError, match="block_shape is None"):
+        BitMask.from_bool(torch.ones(4, 4).bool()).to_blocks()
