@@ -239,7 +239,7 @@ class DataConfig(_Config):
         text_pair_column: column of a file that holds a second text, or None.
         label_column: column of a file that holds the label.
         group_column: column of a file; rows of one group never fall into different splits.
-        max_length: longest input in tokens; longer ones are cut.
+        max_length: longest input in tokens, where the model takes as many; longer ones are cut.
         max_train_samples: use at most this many training rows; None: all.
         max_eval_samples: use at most this many validation and test rows each; None: all.
         split_seed: seed of the split where rows are held out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +30,21 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> None:
 
 @torch.no_grad()
 def prune_step(model: nn.Module, config: SDPruneConfig, sparsity: float) -> None:
-    """Raise the sparsity of the masked layers to `sparsity`: exact counts, and what is pruned stays pruned."""
-    layers = list(masked_layers(model).values())
+    """Raise the sparsity of the masked layers to `sparsity`: exact counts, and what is pruned stays pruned.
+
+    Raises:
+        ValueError: a layer would lose all its weights, or its weights are NaN; the layer is named.
+    """
+    layers = masked_layers(model)
     score = CRITERIA[config.criterion]
-    scores = [score(layer.weight).masked_fill_(~layer.bit_mask.to_bool(), -torch.inf) for layer in layers]
-    masks = select_mask(scores, sparsity, **selection_arguments(config))
-    for layer, mask in zip(layers, masks, strict=True):
+    scores = [score(layer.weight).masked_fill_(~layer.bit_mask.to_bool(), -torch.inf) for layer in layers.values()]
+    try:
+        masks = select_mask(scores, sparsity, **selection_arguments(config))
+    except ValueError as error:
+        names = list(layers)
+        named = re.sub(r"scores\[(\d+)\]", lambda found: f"layer {names[int(found[1])]!r}", str(error))
+        raise ValueError(named) from None
+    for layer, mask in zip(layers.values(), masks, strict=True):
         layer.set_mask(mask)
 
 

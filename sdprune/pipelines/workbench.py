@@ -67,7 +67,9 @@ def load_workbench(model: str, data: DataConfig, cache: Path | None = None) -> W
     classifier = load_classifier(str(sample_model(cache)) if model == BUNDLED_MODEL else model, task)
     if classifier.trained_head:
         task = align_labels(task, classifier.model)
+    # encode knows the tokenizer's own limit, not the model's
+    longest = min(data.max_length, getattr(classifier.model.config, "max_position_embeddings", data.max_length))
     splits = (
-        encode(examples, classifier.tokenizer, data.max_length) for examples in (task.train, task.validation, task.test)
+        encode(examples, classifier.tokenizer, longest) for examples in (task.train, task.validation, task.test)
     )
     return Workbench(task, classifier, *splits)

@@ -50,15 +50,6 @@ def make_model(seed: int = 0, **changes: object) -> BertForSequenceClassificatio
     return BertForSequenceClassification(BertConfig(**(values | changes))).eval()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """Tiny models gain nothing from a second thread and lose much where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def model() -> BertForSequenceClassification:
     return make_model()

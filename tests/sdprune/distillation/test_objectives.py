@@ -18,7 +18,9 @@ def make_signals(seed: int, pooled: bool = True) -> Signals:
     )
 
 
-RIGHT = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+RIGHT = torch.tensor(
+    [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+)
 LEFT = RIGHT.flip(1)
 
 

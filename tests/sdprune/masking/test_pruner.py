@@ -76,3 +76,21 @@ def test_measured_and_promised_sparsity(model):
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.model == found.zeros / found.parameters < found.linear
     assert len(found.layers) == 12
+
+
+def test_a_layer_that_would_vanish_is_named(model):
+    config = SDPruneConfig(scope="global")
+    mask_model(model, config)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].attention.self.key.weight.mul_(1e-6)
+    with pytest.raises(ValueError, match=r"layer 'bert\.encoder\.layer\.1\.attention\.self\.key' would lose all"):
+        prune_step(model, config, 0.5)
+    assert masked_fraction(model) == 0.0
+
+
+def test_weights_that_are_not_numbers_are_named(model):
+    mask_model(model, SDPruneConfig())
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"layer 'bert\.encoder\.layer\.0\.output\.dense' .*NaN"):
+        prune_step(model, SDPruneConfig(), 0.5)
