@@ -22,33 +22,38 @@ class Columns(NamedTuple):
 def normalise(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, center: bool, residual: bool, eps: float
 ) -> Columns:
-    """Centre and scale the columns of both inputs to unit norm and take their inner products."""
-    dtype = compute_dtype(student, teacher)
-    left, left_inverse = _unit_columns(student.to(dtype), sample_weight, center, eps)
-    right, right_inverse = _unit_columns(teacher.to(dtype), sample_weight, center, eps)
-    if residual:
-        left -= right
-    return Columns(left, right, torch.stack((left_inverse, right_inverse)), (left * right).sum(0))
+    """Centre and scale the columns of both inputs to unit norm and take their inner products.
 
-
-def _unit_columns(features: Tensor, sample_weight: Tensor | None, center: bool, eps: float) -> tuple[Tensor, Tensor]:
-    if sample_weight is None:
-        total: Tensor | int = features.shape[0]
-        mean = features.mean(0) if center else torch.zeros_like(features[0])
-        columns = features - mean
-    else:
-        weight = sample_weight.to(features.dtype).clamp_min(0)[:, None]
+    Both stand side by side in one matrix, because on small inputs the number of operations is the time.
+    """
+    dim = student.shape[1]
+    columns = torch.cat((student, teacher), 1).to(compute_dtype(student, teacher))
+    total: float | Tensor = float(student.shape[0])
+    weight = None
+    if sample_weight is not None:
+        weight = sample_weight.to(columns.dtype).clamp_min(0)[:, None]
         total = weight.sum()
-        features = features.masked_fill(weight == 0, 0)
-        mean = (features * weight).sum(0) / total.clamp_min(torch.finfo(features.dtype).tiny)
-        if not center:
-            mean = torch.zeros_like(mean)
-        columns = (features - mean).mul_(weight.sqrt())
-    squares = columns.square().sum(0)
-    raw_squares = squares + mean.square() * total
-    limit = (DEAD_EPSILONS * torch.finfo(features.dtype).eps) ** 2
-    inverse = torch.rsqrt(squares + total * eps).masked_fill_(squares <= limit * raw_squares, 0)
-    return columns.mul_(inverse), inverse
+        columns.masked_fill_(weight == 0, 0)
+    mean = columns.new_zeros(()) if not center else _mean(columns, weight)
+    if center:
+        columns.sub_(mean)
+    if weight is not None:
+        columns.mul_(weight.sqrt())
+    squares = (columns * columns).sum(0)
+    limit = (DEAD_EPSILONS * torch.finfo(columns.dtype).eps) ** 2 * total
+    dead = squares <= mean.square().mul_(limit)  # total * mean^2 is what centring took from the raw squares
+    inverse = squares.add_(total * eps).rsqrt_().masked_fill_(dead, 0)
+    columns.mul_(inverse)
+    left, right = columns[:, :dim], columns[:, dim:]
+    if residual:
+        left.sub_(right)
+    return Columns(left, right, inverse.view(2, dim), (left * right).sum(0))
+
+
+def _mean(columns: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return columns.mean(0)
+    return (columns * weight).sum(0) / weight.sum().clamp_min(torch.finfo(columns.dtype).tiny)
 
 
 def feature_gradient(

@@ -44,9 +44,9 @@ def gram_products(left: Tensor, right: Tensor, diagonal: Tensor, weight: float, 
     The product for `left` is always made, because its inner product with `left` is the sum of squares.
     """
     left_product = (right @ right.T).mul_(2 * weight) @ left
-    squares = (left * left_product).sum() / 2
+    squares = (left * left_product).sum().div_(2)
     right_product = (left @ left.T).mul_(2 * weight) @ right if need_right else left.new_empty(0)
-    return Products(squares - weight * diagonal.square().sum(), left_product, right_product, True)
+    return Products(squares.sub_(diagonal.dot(diagonal), alpha=weight), left_product, right_product, True)
 
 
 def matrix_products(left: Tensor, right: Tensor, weight: float, need_left: bool, need_right: bool) -> Products:

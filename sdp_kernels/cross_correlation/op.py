@@ -88,8 +88,7 @@ def cross_correlation_loss(
     backend = choose_backend("cross_correlation_loss", (student, teacher), OFFERS)
     if backend == "reference":
         return _reference(student, teacher, sample_weight, off_diagonal_weight, center, target, eps)
-    loss: Tensor
-    loss, _, _ = _cross_correlation(
+    loss: Tensor = _CrossCorrelation.apply(  # type: ignore[no-untyped-call]
         student,
         teacher,
         sample_weight,
@@ -163,11 +162,10 @@ def _cross_correlation(
             need_left = student_gradient or (teacher_gradient and residual)
             products = matrix_products(left, right, weight, need_left, teacher_gradient)
         deviation = diagonal if residual else diagonal - 1
-        loss = deviation.square().sum() + products.off_diagonal
+        loss = deviation.dot(deviation) + products.off_diagonal
 
-        slope = 2 * deviation
-        if products.with_diagonal:
-            slope -= 2 * weight * diagonal
+        counted = weight if products.with_diagonal else 0.0  # what the products hold of the diagonal
+        slope = deviation.sub(diagonal, alpha=counted).mul_(2)
         student_result, teacher_result = left.new_empty(0), left.new_empty(0)
         if teacher_gradient:
             product, other = products.right, left
@@ -202,21 +200,26 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, student_gradient, teacher_gradient = output
-    ctx.mark_non_differentiable(student_gradient, teacher_gradient)
-    ctx.save_for_backward(student_gradient, teacher_gradient)
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+class _CrossCorrelation(torch.autograd.Function):
+    """The loss with the gradients that the operator made in the forward pass.
 
+    This is not `register_autograd`, whose bookkeeping for so many arguments costs as much as the smallest losses.
+    """
 
-def _backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("cross_correlation_loss does not support double backward (create_graph=True)")
-    results = [
-        (scale * gradient).to(dtype) if needed else None
-        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    ]
-    return (*results, *[None] * 9)
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+        loss: Tensor
+        loss, *gradients = _cross_correlation(student, teacher, *options)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = student.dtype, teacher.dtype
+        return loss
 
-
-_cross_correlation.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("cross_correlation_loss does not support double backward (create_graph=True)")
+        gradients = [
+            (scale * gradient).to(dtype) if needed else None
+            for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
+        return (*gradients, *[None] * 9)
