@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except KeyboardInterrupt as error:
-        if checkpoint := getattr(error, "checkpoint", None):
+        checkpoint = getattr(error, "checkpoint", None)
+        if checkpoint is not None and (checkpoint.parent / "recipe.yaml").exists():
             _complain(f"{error}\nGo on with: sdprune prune --resume {checkpoint.parent}")
         else:
             _complain("interrupted")
@@ -152,7 +153,6 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     from sdprune.masking.pruner import measure_sparsity
     from sdprune.masking.select import select_linears
-    from sdprune.pipelines.evaluate import predict
     from sdprune.pipelines.workbench import load_workbench
 
     names = DataConfig.field_names()
@@ -163,7 +163,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     model = workbench.classifier.model
     if not workbench.classifier.trained_head:
         raise ValueError(f"model {options.model!r} has no trained classification head to evaluate")
-    logits = predict(model, workbench.test, workbench.classifier.tokenizer, description="testing")
+    logits = workbench.predict_test(model, "testing")
     for name, value in workbench.score(logits).items():
         print(f"{name:<16} {value:.4f}")
     sparsity = measure_sparsity(model, select_linears(model, SDPruneConfig()))
@@ -228,7 +228,10 @@ def _parsed(text: str, hint: Any) -> Any:
         return int(pair[1]), int(pair[2])
     if str in kinds and not text.startswith(("[", "{")):
         return text
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is not a value") from None
 
 
 def _print_table(metrics: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def _converted(value: Any, hint: Any) -> Any:
         except ValueError:
             return value
     if isinstance(value, Mapping):
-        return {key: float(item) if type(item) is int else item for key, item in value.items()}
+        return {key: _converted(item, float) for key, item in value.items()}
     return value
 
 
@@ -150,7 +150,7 @@ class SDPruneConfig(_Config):
         correlation_target: "identity" (the paper) or "teacher" (the teacher's own correlation).
         representation: what "cross_correlation" and "cosine" compare in the last hidden state: "first" token,
             "mean" over unpadded tokens, "pooled" output, or all unpadded "tokens".
-        seed: seed of the run.
+        seed: seed of the run, where no TrainingArguments with a seed of their own are given.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and what is allowed.
@@ -377,11 +377,13 @@ class Recipe:
         """Return the keys of a YAML or JSON file, unchecked, so that options can override them first."""
         import yaml
 
+        if not Path(path).is_file():
+            raise ValueError(f"recipe {str(path)!r} is not a file")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise ValueError(f"recipe {path} must hold `key: value` lines, got {type(values).__name__}")
         return values
 

@@ -31,11 +31,13 @@ def sparsity_levels(config: SDPruneConfig) -> tuple[float, ...]:
 
 
 def pruning_moments(config: SDPruneConfig, max_steps: int) -> tuple[int, ...]:
-    """Return after how many finished optimizer steps each pruning step happens, evenly spaced.
+    """Return after how many finished optimizer steps each pruning step happens, evenly spaced; () for target 0.
 
     Raises:
         ValueError: the training has fewer steps between start_ratio and end_ratio than there are pruning steps.
     """
+    if config.target_sparsity == 0.0:
+        return ()
     first = round(config.start_ratio * max_steps)
     last = min(round(config.end_ratio * max_steps), max_steps - 1)
     count = config.pruning_steps

@@ -19,7 +19,7 @@ from sdprune.deployment.export import dense_state_dict, export
 from sdprune.deployment.reload import reload_differences
 from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.select import select_linears
-from sdprune.pipelines.evaluate import predict, speedup
+from sdprune.pipelines.evaluate import best_device, speedup
 from sdprune.pipelines.workbench import Workbench
 
 METHODS = {"cross_correlation": "SDP-CC", "kl": "SDP-KLD", "cosine": "SDP-Cos"}
@@ -87,13 +87,7 @@ def assess(
     found = []
     for item in snapshots:
         model = AutoModelForSequenceClassification.from_pretrained(item.folder, dtype=torch.float32)
-        logits = predict(
-            model,
-            workbench.test,
-            workbench.classifier.tokenizer,
-            bf16=bf16,
-            description=f"testing {item.folder.name}",
-        )
+        logits = workbench.predict_test(model, f"testing {item.folder.name}", bf16=bf16)
         row = {
             "method": method_name(item.config),
             "structure": item.config.structure,
@@ -103,6 +97,7 @@ def assess(
             **workbench.score(logits),
             "reload_max_difference": differences[str(item.folder)],
             "speedup": speedup(dense, model, probe),
+            "device": best_device().type,
         }
         found.append(Assessment(row, logits))
     return found

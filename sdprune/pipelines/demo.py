@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from sdprune.analysis.report import write_report
@@ -27,8 +25,6 @@ from sdprune.deployment.export import export
 from sdprune.files import write_text
 from sdprune.masking.schedule import pruning_moments, sparsity_levels
 from sdprune.pipelines.assess import Assessment, Snapshot, assess, take_snapshot
-from sdprune.pipelines.evaluate import predict
-from sdprune.pipelines.models import load_classifier
 from sdprune.pipelines.run import SCORES_NAME, check_free, prune_on, read_record, settled
 from sdprune.pipelines.workbench import BUNDLED_MODEL, Workbench, load_workbench
 
@@ -60,6 +56,7 @@ class DemoSize:
             lr_cycles=LEVELS,
             warmup_steps=0,
             freeze_embeddings=True,
+            logging_steps=5,
             eval_steps=self.recovery_steps,
         )
 
@@ -67,7 +64,7 @@ class DemoSize:
 FULL = DemoSize(
     data=DataConfig(max_length=64),
     fine_tuning=TrainingConfig(num_train_epochs=1.0, learning_rate=8e-5, eval_steps=90, warmup_steps=20),
-    recovery_steps=34,
+    recovery_steps=26,
 )
 QUICK = DemoSize(
     data=DataConfig(max_length=32, max_train_samples=1500, max_eval_samples=600),
@@ -121,8 +118,8 @@ def demo(output: Path, *, quick: bool = False, cache: Path | None = None) -> dic
     bf16 = bool(training.bf16)
     dense_folder = _fine_tuned(size, bf16, cache)
     workbench = load_workbench(str(dense_folder), size.data, cache)
-    task, dense = workbench.task, workbench.classifier
-    scores = {"dense": workbench.score(_test(dense.model, workbench, bf16))}
+    task, dense = workbench.task, workbench.classifier.model
+    scores = {"dense": workbench.score(workbench.predict_test(dense, "testing dense", bf16=bf16))}
     magnitude = replace(SDP_CC, distillation=None)
     records, assessments = [], {}
     for name, config in (
@@ -131,14 +128,16 @@ def demo(output: Path, *, quick: bool = False, cache: Path | None = None) -> dic
         ("dense, same steps", replace(magnitude, target_sparsity=0.0)),
     ):
         folder = output / name.replace(", ", "-").replace(" ", "-").lower()
-        student = replace(workbench, classifier=load_classifier(str(dense_folder), task))
+        student = workbench.renewed()
         snapshots = _TakeSnapshots(config, folder, workbench)
         recipe = Recipe(str(dense_folder), size.data, training, config)
         result = prune_on(student, recipe, folder, [snapshots], save_strategy="no")
         if config.target_sparsity:
-            assessments[name] = assess(snapshots.taken, dense.model, workbench, bf16=bf16)
+            assessments[name] = assess(snapshots.taken, dense, workbench, bf16=bf16)
         else:
-            scores["dense_same_steps"] = workbench.score(_test(result.model, workbench, bf16))
+            scores["dense_same_steps"] = workbench.score(
+                workbench.predict_test(result.model, "testing dense", bf16=bf16)
+            )
         records.append(read_record(name, folder, config, result.sparsity))
     metrics = {
         **scores,
@@ -163,11 +162,6 @@ def _fine_tuned(size: DemoSize, bf16: bool, cache: Path | None) -> Path:
             result = prune_on(workbench, recipe, Path(temporary, "run"), save_strategy="no")
             export(result.model, folder, processing_class=workbench.classifier.tokenizer)
     return folder
-
-
-def _test(model: nn.Module, workbench: Workbench, bf16: bool) -> NDArray[np.float32]:
-    tokenizer = workbench.classifier.tokenizer
-    return predict(model, workbench.test, tokenizer, bf16=bf16, description="testing dense")
 
 
 def _compared(assessments: dict[str, list[Assessment]], workbench: Workbench) -> list[dict[str, Any]]:

@@ -15,6 +15,11 @@ from tqdm.auto import tqdm
 from sdprune.data.examples import EncodedExamples
 
 
+def best_device() -> torch.device:
+    """Return the accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def collate(tokenizer: Any, rows: list[dict[str, Any]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Pad rows of token ids into one batch without labels."""
     inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
@@ -34,16 +39,16 @@ def predict(
     """Return the logits (rows, classes) in the order of the examples. Batches are made by length, which is cheaper.
 
     Args:
-        model: a sequence classifier; left in the mode it was in.
+        model: a sequence classifier; moved to the accelerator where there is one, left in the mode it was in.
         examples: encoded rows.
         tokenizer: pads the batches.
         batch_size: rows of a batch.
         bf16: bfloat16 autocast.
         description: text of a progress bar; None: no bar.
     """
-    device = next(model.parameters()).device
+    device = best_device()
     was_training = model.training
-    model.eval()
+    model.to(device).eval()
     order = [index for _, index in sorted(zip(examples.lengths, range(len(examples)), strict=True))]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     logits: dict[int, NDArray[np.float32]] = {}
@@ -58,8 +63,13 @@ def predict(
 
 @torch.inference_mode()
 def speedup(dense: nn.Module, pruned: nn.Module, inputs: dict[str, Tensor], *, repeats: int = 7) -> float:
-    """Return the time of the dense model over that of the pruned one: medians of alternating runs on one batch."""
-    times: dict[nn.Module, list[float]] = {dense.eval(): [], pruned.eval(): []}
+    """Return the time of the dense model over that of the pruned one: medians of alternating runs on one batch.
+
+    Both run in fp32 on the accelerator where there is one.
+    """
+    device = best_device()
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    times: dict[nn.Module, list[float]] = {dense.to(device).eval(): [], pruned.to(device).eval(): []}
     for turn in range(repeats + 1):
         for model, record in times.items():
             start = time.perf_counter()

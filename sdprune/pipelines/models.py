@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sdprune.config import CONFIG_NAME, SDPruneConfig
@@ -50,7 +51,7 @@ def load_classifier(name: str, task: Task) -> Classifier:
             if task.label_names:
                 config.id2label = dict(enumerate(task.label_names))
                 config.label2id = {label: index for index, label in enumerate(task.label_names)}
-        model = AutoModelForSequenceClassification.from_pretrained(name, config=config)
+        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32)
     except OSError as error:
         raise OSError(f"cannot load model {name!r}: {_one_line(error)}") from None
     if config.num_labels != classes:
@@ -62,11 +63,24 @@ def load_classifier(name: str, task: Task) -> Classifier:
 
 
 def align_labels(task: Task, model: Any) -> Task:
-    """Renumber the labels of `task` in the order of the model's classes where both have the same names."""
+    """Renumber the labels of `task` in the order of the model's classes.
+
+    Labels are matched by name, without regard to case; by position where the model only numbers its classes
+    ("LABEL_0") or the labels are whole numbers.
+
+    Raises:
+        ValueError: both have names, and they differ.
+    """
     theirs = [str(model.config.id2label.get(index, "")).lower() for index in range(len(task.label_names))]
     ours = [label.lower() for label in task.label_names]
-    if theirs == ours or sorted(theirs) != sorted(ours):
+    positional = all(name.startswith("label_") for name in theirs) or all(name.isdecimal() for name in ours)
+    if theirs == ours or positional:
         return task
+    if sorted(theirs) != sorted(ours):
+        raise ValueError(
+            f"the labels of {task.name!r} are {', '.join(ours)}, those of the model are {', '.join(theirs)}; "
+            "rename one of them (id2label in config.json, or the labels of the data)"
+        )
     order = [theirs.index(label) for label in ours]
 
     def renumbered(examples: Examples) -> Examples:

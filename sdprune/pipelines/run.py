@@ -7,6 +7,7 @@ model/  metrics.json  report.html  *.png                           when it is do
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from sdprune.files import write_text
 from sdprune.masking.pruner import Sparsity
 from sdprune.masking.schedule import pruning_moments
 from sdprune.pipelines.assess import assess, method_name, take_snapshot
-from sdprune.pipelines.evaluate import predict
 from sdprune.pipelines.self_distilled import PruneResult, prune
 from sdprune.pipelines.workbench import Workbench, load_workbench
 from sdprune.training.arguments import bf16_pays, training_arguments
@@ -55,10 +55,12 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
         ValueError: wrong input; nothing is written.
         TrainingInterrupted: Ctrl-C; a checkpoint was saved.
     """
+    if (output / SCORES_NAME).exists() and resume:
+        raise ValueError(f"the run in {str(output)!r} is finished; its scores are in {SCORES_NAME}")
     if not resume:
         check_free(output)
     set_seed(recipe.pruning.seed)  # a head that the model lacks is made at random
-    workbench = load_workbench(recipe.model, recipe.data, cache)
+    workbench = load_workbench(recipe.model, recipe.data, cache, recipe.training.per_device_eval_batch_size)
     config, classifier = recipe.pruning, workbench.classifier
     if not classifier.trained_head and (config.target_sparsity > 0.0 or config.distillation_weights):
         raise ValueError(
@@ -67,13 +69,11 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
         )
     # what was measured once holds for the whole run, also after an interruption
     recipe = replace(recipe, training=settled(recipe.training))
-    dense_scores = workbench.score(
-        predict(classifier.model, workbench.test, classifier.tokenizer, description="testing the dense model")
-    )
+    dense_scores = workbench.score(workbench.predict_test(classifier.model, "testing the dense model"))
     result = prune_on(workbench, recipe, output, callbacks=[_SaveRecipe(recipe, output / RECIPE_NAME)], resume=resume)
+    shutil.rmtree(output / "model", ignore_errors=True)  # of a run that was interrupted after its training
     snapshot = take_snapshot(result.model, config, output / "model", workbench)
-    dense = load_workbench(recipe.model, recipe.data, cache).classifier.model
-    (assessment,) = assess([snapshot], dense, workbench)
+    (assessment,) = assess([snapshot], workbench.renewed().classifier.model, workbench)
     metrics = {"dense": dense_scores, "baselines": {}, "runs": [assessment.row]}
     write_text(output / SCORES_NAME, json.dumps(metrics, indent=2) + "\n")
     record = read_record(method_name(config), output, config, snapshot.sparsity)

@@ -110,6 +110,8 @@ def prune(
         raise
     finally:
         bar.close()
+    if interrupt.requested:  # so late that no checkpoint followed
+        raise KeyboardInterrupt
     metrics = trainer.evaluate() if eval_dataset is not None else {}
     pruned: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     names = list(masked_layers(pruned))
@@ -128,7 +130,7 @@ def _claim(directory: Path, config: SDPruneConfig, args: TrainingArguments) -> s
     taken = (directory / CONFIG_NAME).exists()
     resume: Any = args.resume_from_checkpoint
     if not resume:
-        if taken:
+        if taken or any(directory.glob("checkpoint-*")):
             raise ValueError(
                 f"output_dir {str(directory)!r} already holds a run; name another folder, or set "
                 "resume_from_checkpoint to go on with it"

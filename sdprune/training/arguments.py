@@ -52,7 +52,7 @@ def bf16_pays(threshold: float = 1.3, repeats: int = 5) -> bool:
     CPUs differ: with bfloat16 instructions (AVX-512 BF16, AMX) it is much faster than fp32, without them slower.
     """
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(512, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)

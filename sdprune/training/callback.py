@@ -86,7 +86,8 @@ class SDPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Reach the target where the training ended before the last pruning step."""
-        if state.global_step <= pruning_moments(self.config, state.max_steps)[-1]:
+        moments = pruning_moments(self.config, state.max_steps)
+        if moments and state.global_step <= moments[-1]:
             logger.warning(
                 "training ended at step %d of %d, before the last pruning step: pruning to %.4f without recovery",
                 state.global_step,

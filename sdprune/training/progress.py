@@ -144,8 +144,7 @@ class FinishStepOnInterrupt(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint."""
         if self.requested:
-            control.should_evaluate = False
-            control.should_save = True
+            control.should_save = True  # after an evaluation that is due: it draws random numbers
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave, now that the checkpoint is whole."""

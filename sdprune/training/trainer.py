@@ -31,7 +31,8 @@ class SDPruneTrainer(Trainer):
         **kwargs: as of `transformers.Trainer`.
 
     Raises:
-        ValueError: no teacher is given and the model is pruned already, or the teacher has other classes.
+        ValueError: no teacher is given and the model is pruned already, the teacher is the model itself or has other
+            classes, an objective does not fit the model, or one process sees several GPUs.
         FloatingPointError: while training, when a part of the loss is not finite; the part is named.
     """
 
@@ -39,19 +40,38 @@ class SDPruneTrainer(Trainer):
         self, *args: Any, config: SDPruneConfig, teacher_model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would be driven by torch.nn.DataParallel, which splits batches "
+                "behind the teacher's back; start one process a GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0"
+            )
         # Models whose forward takes **kwargs would make the Trainer normalise the task loss over the accumulated
         # batch, which it cannot do for the distillation terms: both are means over the micro-batch instead.
         self.model_accepts_loss_kwargs = False
         if hasattr(Trainer, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = False
         self.sdprune_config = config
+        self._check_objectives(cast(nn.Module, self.model), config)
         self.teacher = self._make_teacher(teacher_model) if config.distillation_weights else None
         self._parts: dict[str, Tensor] = {}
         self._part_count = 0
 
+    @staticmethod
+    def _check_objectives(model: nn.Module, config: SDPruneConfig) -> None:
+        """Refuse before anything is written what the first step would refuse."""
+        used = config.distillation_weights
+        if "kl" in used and getattr(getattr(model, "config", None), "num_labels", None) == 1:
+            raise ValueError("distillation 'kl' compares class probabilities, but the model predicts one number")
+        body = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        compares_features = "cross_correlation" in used or "cosine" in used
+        if compares_features and config.representation == "pooled" and getattr(body, "pooler", None) is None:
+            raise ValueError("representation='pooled', but the model has no pooler; choose first, mean or tokens")
+
     def _make_teacher(self, teacher_model: nn.Module | None) -> Teacher:
         if teacher_model is None:
             return Teacher(cast(nn.Module, self.model), copy_model=True)
+        if teacher_model is self.model:
+            raise ValueError("teacher_model is the model itself; leave it out to have a frozen copy made")
         student, teacher = (getattr(m, "config", None) for m in (self.model, teacher_model))
         classes = [getattr(c, "num_labels", None) for c in (student, teacher)]
         if classes[0] != classes[1]:

@@ -47,6 +47,8 @@ def test_prune_evaluate_export(prune, csv_file, tmp_path, capsys):
     assert "SDP-CC" in output
     assert "Zeros alone do not speed up a dense product" in output
 
+    assert main(["prune", "--resume", str(run)]) == 2
+    assert "is finished" in capsys.readouterr().err
     assert main(["evaluate", str(run / "model"), "--data", str(csv_file)]) == 0
     output = capsys.readouterr().out
     assert f"accuracy         {row['accuracy']:.4f}" in output
@@ -82,7 +84,7 @@ def test_a_model_without_a_head_is_fine_tuned_first(prune, model_factory, tokeni
     assert prune(model=tmp_path / "body") == 2
     assert "has no trained classification head; fine-tune it first" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    fine_tune = ("--target-sparsity", "0", "--distillation", "none", "--pruning-steps", "1")
+    fine_tune = ("--target-sparsity", "0", "--distillation", "none", "--pruning-steps", "16")
     assert prune(*fine_tune, model=tmp_path / "body") == 0
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["label2id"] == {"bad": 0, "good": 1}
@@ -96,8 +98,11 @@ def edit(path, old, new):
 WRONG_DATA = {
     "missing": (lambda path: path.unlink() or path, "does not exist|no such file|neither"),
     "column": (lambda path: edit(path, "text,label", "texts,label"), r"column.*'text'.*texts"),
-    "empty text": (lambda path: edit(path, "text,label\n", "text,label\n,good\n"), "empty"),
-    "one class": (lambda path: edit(path, ",bad", ",good"), "class"),
+    "empty text": (
+        lambda path: edit(path, "text,label\n", "text,label\n,good\n"),
+        "row 1 has no text in column 'text'",
+    ),
+    "one class": (lambda path: edit(path, ",bad", ",good"), "holds a single class, 'good'"),
     "classes": (lambda path: edit(path, "text,label\n", "text,label\n" + "a film,fine\n" * 20), "has 2 classes"),
 }
 
@@ -132,9 +137,14 @@ def test_wrong_options(prune, tmp_path, capsys, options, message):
 
 
 def test_wrong_model_folders(prune, model_folder, tmp_path, capsys):
-    shutil.copytree(model_folder, tmp_path / "empty")
+    shutil.copytree(model_folder, tmp_path / "row 1 has no text in column 'text'")
     (tmp_path / "empty" / "model.safetensors").unlink()
-    assert_refused(prune(model=tmp_path / "empty"), capsys, r"has no weights \(\*\.safetensors\)", tmp_path)
+    assert_refused(
+        prune(model=tmp_path / "row 1 has no text in column 'text'"),
+        capsys,
+        r"has no weights \(\*\.safetensors\)",
+        tmp_path,
+    )
     assert_refused(prune(model=tmp_path / "absent"), capsys, "is not a folder", tmp_path)
 
 
@@ -159,6 +169,27 @@ def test_an_output_that_holds_another_run(prune, tmp_path, capsys):
     assert prune() == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_run_interrupted_after_its_training_goes_on(prune, tmp_path, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("sdprune.pipelines.run.assess", stop)
+        assert prune() == 130
+    assert (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert main(["prune", "--resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("option", [["--distillation", "{kl:1"], ["--target-sparsity", "["]], ids=str)
+def test_malformed_values(prune, tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as exit_:
+        prune(*option)
+    assert exit_.value.code == 2
+    assert "invalid" in capsys.readouterr().err
 
 
 def test_a_model_that_is_nowhere(prune, tmp_path, capsys, monkeypatch):

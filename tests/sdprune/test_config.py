@@ -28,9 +28,12 @@ def test_yaml_round_trip(tmp_path):
 
 
 def test_yaml_numbers_mean_what_they_look_like(tmp_path):
-    (tmp_path / "r.yaml").write_text("model: m\nlearning_rate: 1e-4\ntarget_sparsity: 0\nblock_shape: [8, 8]\n")
+    (tmp_path / "r.yaml").write_text(
+        "model: m\nlearning_rate: 1e-4\ndistillation: {kl: 1e-3, cosine: 2}\ntarget_sparsity: 0\nblock_shape: [8, 8]\n"
+    )
     recipe = Recipe.from_dict(Recipe.read_values(tmp_path / "r.yaml"))
     assert recipe.training.learning_rate == 1e-4
+    assert recipe.pruning.distillation == {"kl": 1e-3, "cosine": 2.0}
     assert recipe.pruning.target_sparsity == 0.0
     assert recipe.pruning.block_shape == (8, 8)
 
@@ -89,7 +92,12 @@ def test_a_misspelt_key_gets_the_nearest_name():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- a\n- b\n", "must hold `key: value` lines"), ("a: [", "not valid YAML")]
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must hold `key: value` lines"),
+        ("1: 2\n", "must hold `key: value` lines"),
+        ("a: [", "not valid YAML"),
+    ],
 )
 def test_a_file_that_is_no_recipe(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)

@@ -14,6 +14,8 @@ import sdprune
 ROOTS = [Path(package.__file__).parent for package in (sdp_kernels, sdprune)]
 FILES = [path for root in ROOTS for path in sorted(root.rglob("*.py"))]
 
+# each may use those before it
+ORDER = ("files", "config", "data", "masking", "distillation", "training", "deployment", "analysis", "pipelines", "cli")
 HEAVY = ("transformers", "datasets", "sklearn", "matplotlib", "pandas", "triton", "scipy", "accelerate")
 
 
@@ -64,12 +66,21 @@ def test_house_rules(path):
         assert not any(name.split(".")[0] in ("sdprune", "transformers") for name in imported if name)
     if path.parts[-2] in ("masking", "distillation") or path.name in ("config.py", "files.py"):
         assert not any((name or "").split(".")[0] == "transformers" for name in imported)
+    own = path.relative_to(ROOTS[1]).parts[0].removesuffix(".py") if path.is_relative_to(ROOTS[1]) else None
+    if own in ORDER:
+        later = set(ORDER[ORDER.index(own) + 1 :])
+        used = {name.split(".")[1] for name in imported if name and name.startswith("sdprune.")}
+        assert not used & later, f"{own} uses {used & later}, which come after it"
     assert not any((name or "").split(".")[0] in ("tests", "bench", "pickle") for name in imported)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert not {name: size for name, size in long.items() if size > 90}
     # no switches of our own: the cache folder follows the platform, the interpreter is Triton's
-    assert set(re.findall(r'os\.environ(?:\.get)?[\[(]"(\w+)"', text)) <= {"XDG_CACHE_HOME", "LOCALAPPDATA", "TRITON_INTERPRET"}
+    assert set(re.findall(r'os\.environ(?:\.get)?[\[(]"(\w+)"', text)) <= {
+        "XDG_CACHE_HOME",
+        "LOCALAPPDATA",
+        "TRITON_INTERPRET",
+    }
 
 
 def test_the_names_in_the_configuration_are_those_of_the_tables():

@@ -53,6 +53,12 @@ def test_a_schedule_longer_than_the_training_is_refused():
         pruning_moments(SDPruneConfig(pruning_steps=16, end_ratio=0.6), 20)
 
 
+def test_nothing_to_prune_needs_no_room():
+    config = SDPruneConfig(target_sparsity=0.0, pruning_steps=16)
+    assert pruning_moments(config, 3) == ()
+    assert sparsity_before(config, 3, 2) == 0.0
+
+
 def test_sparsity_before_counts_finished_moments():
     config = SDPruneConfig(target_sparsity=0.8, schedule="uniform", pruning_steps=4, end_ratio=0.75)
     assert [sparsity_before(config, 16, step) for step in (0, 1, 4, 5, 12, 13, 16)] == pytest.approx(

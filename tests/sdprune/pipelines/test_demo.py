@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from sdprune.config import DataConfig, TrainingConfig
+from sdprune.masking.schedule import pruning_moments, sparsity_levels
 from sdprune.pipelines import demo as module
 from sdprune.pipelines.demo import FULL, QUICK, SDP_CC, DemoSize, demo
-from sdprune.masking.schedule import pruning_moments, sparsity_levels
 
 
 @pytest.fixture
@@ -55,5 +56,5 @@ def test_the_fine_tuned_model_is_made_once(small, monkeypatch):
 def test_every_snapshot_has_had_the_same_recovery(size):
     steps = size.training.max_steps
     ends = (*pruning_moments(SDP_CC, steps), steps)
-    assert [after - before for before, after in zip(ends, ends[1:], strict=False)] == [size.recovery_steps] * 8
+    assert [after - before for before, after in pairwise(ends)] == [size.recovery_steps] * 8
     assert sparsity_levels(SDP_CC) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])

@@ -22,6 +22,12 @@ def test_a_trained_head_is_kept(model_folder):
     assert torch.equal(classifier.model.classifier.weight, again.model.classifier.weight)
 
 
+def test_half_precision_weights_train_in_full(model_factory, tokenizer, tmp_path):
+    model_factory().half().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_classifier(str(tmp_path), make_task("a", "b")).model.dtype is torch.float32
+
+
 def test_a_missing_head_is_made_for_the_task(model_factory, tokenizer, tmp_path):
     model_factory().bert.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -41,6 +47,9 @@ def test_labels_follow_the_names_of_the_model(model):
     task = align_labels(make_task("bad", "good"), model)
     assert task.label_names == ("good", "bad")
     assert task.train.labels == task.test.labels == (1, 0, 0)
+    with pytest.raises(ValueError, match="the labels of 'own' are neg, pos, those of the model are good, bad; rename"):
+        align_labels(make_task("neg", "pos"), model)
+    assert align_labels(make_task("0", "1"), model) == make_task("0", "1")
     model.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
     assert align_labels(make_task("bad", "good"), model) == make_task("bad", "good")
 

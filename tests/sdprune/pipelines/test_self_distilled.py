@@ -123,6 +123,33 @@ def test_an_occupied_folder_is_left_alone(model_factory, dataset_factory, tokeni
         prune(model_factory(), config, dataset_factory(64), args=arguments(), processing_class=tokenizer)
 
 
+def test_checkpoints_of_others_are_left_alone(model_factory, dataset_factory, tokenizer, arguments, tmp_path):
+    foreign = tmp_path / "run" / "checkpoint-500" / "model.safetensors"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="already holds a run"):
+        prune(model_factory(), SDPruneConfig(pruning_steps=99), dataset_factory(64), args=arguments())
+    assert foreign.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes", "message"),
+    [
+        ({"distillation": "kl"}, {"num_labels": 1}, "the model predicts one number"),
+        ({"distillation": "cosine", "representation": "pooled"}, {}, "the model has no pooler; choose"),
+    ],
+)
+def test_objectives_that_do_not_fit_are_refused_early(
+    model_factory, dataset_factory, tokenizer, arguments, tmp_path, fields, sizes, message
+):
+    model = model_factory(**sizes)
+    if not sizes:
+        model.bert.pooler = None
+    with pytest.raises(ValueError, match=message):
+        prune(model, SDPruneConfig(**SCHEDULE, **fields), dataset_factory(64), args=arguments())
+    assert not list((tmp_path / "run").glob("*"))
+
+
 def test_a_refused_run_leaves_the_folder_free(model_factory, dataset_factory, tokenizer, arguments, tmp_path):
     long = SDPruneConfig(pruning_steps=32)
     with pytest.raises(ValueError, match="pruning_steps=32 do not fit: the training has 8 steps"):
@@ -136,6 +163,9 @@ def test_another_teacher_is_used_and_checked(model_factory, dataset_factory, tok
         prune(
             model_factory(), config, dataset_factory(64), args=arguments(), teacher_model=model_factory(1, num_labels=3)
         )
+    model = model_factory()
+    with pytest.raises(ValueError, match="teacher_model is the model itself"):
+        prune(model, config, dataset_factory(64), args=arguments(), teacher_model=model)
     teacher = model_factory(1)
     result = prune(
         model_factory(),

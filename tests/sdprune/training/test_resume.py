@@ -16,7 +16,14 @@ from sdprune.training.checkpoint import MARKER, checkpoints, remove_incomplete
 from sdprune.training.progress import TrainingInterrupted
 
 CONFIG = SDPruneConfig(target_sparsity=0.75, pruning_steps=4, end_ratio=0.75)
-SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 12, "train_sampling_strategy": "group_by_length"}
+SAVING = {
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "max_steps": 12,
+    "eval_strategy": "steps",
+    "eval_steps": 5,
+    "train_sampling_strategy": "group_by_length",
+}
 
 
 class At(TrainerCallback):
@@ -38,6 +45,7 @@ def go(model_factory, dataset_factory, tokenizer, arguments):
             model_factory(),
             config,
             dataset_factory(44),
+            dataset_factory(12, seed=1),
             args=arguments(**(SAVING | changes)),
             processing_class=tokenizer,
             callbacks=callbacks,
