@@ -2,6 +2,7 @@
 
 from sdp_kernels.cross_correlation.forms import choose_form
 from sdp_kernels.cross_correlation.op import cross_correlation_loss
+from sdp_kernels.cross_correlation.queue import RowQueue
 from sdp_kernels.cross_correlation.reference import cross_correlation_loss_reference
 
-__all__ = ["choose_form", "cross_correlation_loss", "cross_correlation_loss_reference"]
+__all__ = ["RowQueue", "choose_form", "cross_correlation_loss", "cross_correlation_loss_reference"]
