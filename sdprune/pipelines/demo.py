@@ -78,6 +78,8 @@ SDP_CC = SDPruneConfig(
     pruning_steps=LEVELS,
     end_ratio=1.0 - 1.0 / LEVELS,
     distillation="cross_correlation",
+    distillation_weight=5.0,
+    correlation_target="teacher",
 )
 
 

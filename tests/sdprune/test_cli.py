@@ -137,10 +137,10 @@ def test_wrong_options(prune, tmp_path, capsys, options, message):
 
 
 def test_wrong_model_folders(prune, model_folder, tmp_path, capsys):
-    shutil.copytree(model_folder, tmp_path / "row 1 has no text in column 'text'")
+    shutil.copytree(model_folder, tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
     assert_refused(
-        prune(model=tmp_path / "row 1 has no text in column 'text'"),
+        prune(model=tmp_path / "empty"),
         capsys,
         r"has no weights \(\*\.safetensors\)",
         tmp_path,
