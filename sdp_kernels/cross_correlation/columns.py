@@ -22,38 +22,41 @@ class Columns(NamedTuple):
 def normalise(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, center: bool, residual: bool, eps: float
 ) -> Columns:
-    """Centre and scale the columns of both inputs to unit norm and take their inner products.
-
-    Both stand side by side in one matrix, because on small inputs the number of operations is the time.
-    """
-    dim = student.shape[1]
-    columns = torch.cat((student, teacher), 1).to(compute_dtype(student, teacher))
+    """Centre and scale the columns of both inputs to unit norm and take their inner products."""
+    dtype = compute_dtype(student, teacher)
     total: float | Tensor = float(student.shape[0])
     weight = None
     if sample_weight is not None:
-        weight = sample_weight.to(columns.dtype).clamp_min(0)[:, None]
+        weight = sample_weight.to(dtype).clamp_min(0)[:, None]
         total = weight.sum()
-        columns.masked_fill_(weight == 0, 0)
-    mean = columns.new_zeros(()) if not center else _mean(columns, weight)
-    if center:
-        columns.sub_(mean)
-    if weight is not None:
-        columns.mul_(weight.sqrt())
-    squares = (columns * columns).sum(0)
-    limit = (DEAD_EPSILONS * torch.finfo(columns.dtype).eps) ** 2 * total
-    dead = squares <= mean.square().mul_(limit)  # total * mean^2 is what centring took from the raw squares
+    left, left_mean, left_squares = _centre(student.to(dtype), weight, center)
+    right, right_mean, right_squares = _centre(teacher.to(dtype), weight, center)
+    squares = torch.stack((left_squares, right_squares))
+    means = torch.stack((left_mean, right_mean))
+    limit = (DEAD_EPSILONS * torch.finfo(dtype).eps) ** 2 * total
+    dead = squares <= means.square_().mul_(limit)  # total * mean^2 is what centring took from the raw squares
     inverse = squares.add_(total * eps).rsqrt_().masked_fill_(dead, 0)
-    columns.mul_(inverse)
-    left, right = columns[:, :dim], columns[:, dim:]
+    left.mul_(inverse[0])
+    right.mul_(inverse[1])
     if residual:
         left.sub_(right)
-    return Columns(left, right, inverse.view(2, dim), (left * right).sum(0))
+    return Columns(left, right, inverse, (left * right).sum(0))
 
 
-def _mean(columns: Tensor, weight: Tensor | None) -> Tensor:
-    if weight is None:
-        return columns.mean(0)
-    return (columns * weight).sum(0) / weight.sum().clamp_min(torch.finfo(columns.dtype).tiny)
+def _centre(features: Tensor, weight: Tensor | None, center: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns less their mean, times the root of the weights; that mean, or 0; their sums of squares."""
+    if weight is not None:
+        features = features.masked_fill(weight == 0, 0)
+    if not center:
+        mean = features.new_zeros(features.shape[1])
+    elif weight is None:
+        mean = features.mean(0)
+    else:
+        mean = (features * weight).sum(0) / weight.sum().clamp_min(torch.finfo(features.dtype).tiny)
+    columns = features - mean
+    if weight is not None:
+        columns.mul_(weight.sqrt())
+    return columns, mean, (columns * columns).sum(0)
 
 
 def feature_gradient(
