@@ -40,6 +40,7 @@ def training_arguments(
         "train_sampling_strategy": "group_by_length",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
+        "disable_tqdm": False,  # the default follows the verbosity of transformers' own log
         "seed": seed,
         "resume_from_checkpoint": "latest" if resume else None,
     }

@@ -43,7 +43,10 @@ def test_prune_evaluate_export(prune, csv_file, tmp_path, capsys):
     assert row["reload_max_difference"] == 0.0
     assert row["speedup"] > 0
     assert set(metrics["dense"]) == {"accuracy", "macro_f1"}
-    output = capsys.readouterr().out
+    output, bar = capsys.readouterr()
+    assert "sparsity=75.0%" in bar
+    assert "cross_correlation=" in bar
+    assert "8/8" in bar
     assert "SDP-CC" in output
     assert "Zeros alone do not speed up a dense product" in output
 
