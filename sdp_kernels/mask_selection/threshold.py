@@ -1,8 +1,8 @@
 """The exact k-th smallest value among many tensors, by counting digits instead of sorting.
 
-The bits of a float, read as sign and magnitude, are an integer that orders like the float. Its digits are
-found from the highest to the lowest: count how often each value of the digit occurs among the numbers that
-agree in the digits found so far, and see in which the k-th falls. Memory stays that of one chunk.
+A float is read as digits of 16 bits. Count how often each value of the highest digit occurs, see in which of
+them the k-th number falls, and go on with the next digit among the numbers that agree so far. Memory stays
+that of one chunk and the counts; every number is read once a digit, and only the first reading does work.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,47 +10,51 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-DIGIT_BITS = 11
+DIGIT_VALUES = 2**16
 CHUNK_ELEMENTS = 2**20
 
 
 def kth_smallest(tensors: Sequence[Tensor], k: int) -> float:
     """The k-th smallest (from 1) of all elements; float dtypes only, no NaN, 1 <= k <= their number."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    bits = 64 if wide else 32
-    prefix, known = -(1 << (DIGIT_BITS - 1)), 0  # the digits found, as one signed number; how many bits
-    while known < bits:
-        width = min(DIGIT_BITS, bits - known)
-        shift = bits - known - width
-        first = prefix if known == 0 else prefix << width
-        counts = sum(_digit_counts(keys, shift, first, width) for keys in _ordered_keys(tensors, wide))
-        assert isinstance(counts, Tensor)
-        cumulative = counts.cumsum(0)
-        digit = int((cumulative < k).sum())
-        k -= int(cumulative[digit] - counts[digit])
-        prefix, known = first + digit, known + width
-    return _float_of(prefix, wide)
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    found: list[int] = []  # digits of the k-th smallest, the highest first
+    for _ in range(dtype.itemsize // 2):
+        counts = torch.zeros(DIGIT_VALUES, dtype=torch.int64)
+        for digits in _digits(tensors, dtype):
+            counts += torch.bincount(_next_digits(digits, found), minlength=DIGIT_VALUES).cpu()
+        order = _ascending(found)
+        cumulative = counts[order].cumsum(0)
+        position = int((cumulative < k).sum())
+        if position:
+            k -= int(cumulative[position - 1])
+        found.append(int(order[position]))
+    bits = torch.tensor(found[::-1], dtype=torch.int32).to(torch.int16)
+    return float(bits.view(dtype))
 
 
-def _digit_counts(keys: Tensor, shift: int, first: int, width: int) -> Tensor:
-    """How many of the keys, shifted right, are first, first + 1, ..., first + 2^width - 1."""
-    digits = (keys >> shift) - first
-    digits = digits[(digits >= 0) & (digits < 1 << width)]
-    return torch.bincount(digits, minlength=1 << width).cpu()
-
-
-def _ordered_keys(tensors: Sequence[Tensor], wide: bool) -> Iterator[Tensor]:
-    """Chunks of int64 that order like the floats; -0.0 and 0.0 become the same."""
-    dtype, integer = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
-    magnitude_bits = torch.iinfo(integer).max
+def _digits(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Chunks of the elements as (elements, digits) int16, the lowest digit first."""
     for tensor in tensors:
         for chunk in torch.split(tensor.detach().flatten(), CHUNK_ELEMENTS):
-            bits = chunk.to(dtype).view(integer).long()
-            yield torch.where(bits < 0, -(bits & magnitude_bits), bits)
+            positive_zero = chunk.to(dtype) + 0.0  # -0.0 + 0.0 is 0.0: both zeros must count as equal
+            yield positive_zero.view(torch.int16).view(-1, dtype.itemsize // 2)
 
 
-def _float_of(key: int, wide: bool) -> float:
-    """The float whose key this is."""
-    dtype, integer = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
-    magnitude = torch.tensor(abs(key), dtype=integer).view(dtype).item()
-    return -magnitude if key < 0 else magnitude
+def _next_digits(digits: Tensor, found: list[int]) -> Tensor:
+    """The digit after those found, of the elements that agree with them, as 0 ... 65535."""
+    for level, digit in enumerate(found):
+        signed = digit - DIGIT_VALUES if digit >= DIGIT_VALUES // 2 else digit
+        digits = digits[digits[:, -1 - level] == signed]
+    return digits[:, -1 - len(found)].int().bitwise_and_(DIGIT_VALUES - 1)
+
+
+def _ascending(found: list[int]) -> Tensor:
+    """All values of the next digit, in the order of the floats that have them.
+
+    Negative floats have the sign bit, the highest, and are the smaller the larger the rest of their bits.
+    """
+    values = torch.arange(DIGIT_VALUES)
+    half = DIGIT_VALUES // 2
+    if not found:
+        return torch.cat((values[half:].flip(0), values[:half]))
+    return values.flip(0) if found[0] >= half else values

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
 from sdp_kernels.dispatch import choose_backend
 from sdp_kernels.masked_linear.bitmask import BitMask, block_grid, unpack_bits
+from sdp_kernels.masked_linear.masking import masked
 
 OFFERS = ("reference",)
 
@@ -92,9 +93,9 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, block_gat
 
 
 def _masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """The weight with zeros where pruned; `mask` is bool, or the int32 words of a BitMask."""
+    """A copy of the weight with zeros where pruned; `mask` is bool, or the int32 words of a BitMask."""
     keep = mask if mask.dtype == torch.bool else unpack_bits(mask, weight.shape[1])
-    return torch.where(keep, weight, 0)
+    return masked(weight, keep)
 
 
 @torch.library.custom_op("sdp_kernels::masked_linear", mutates_args=())

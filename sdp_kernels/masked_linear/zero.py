@@ -8,6 +8,7 @@ from torch import Tensor
 from sdp_kernels.checks import check_floating
 from sdp_kernels.dispatch import choose_backend
 from sdp_kernels.masked_linear.bitmask import BitMask
+from sdp_kernels.masked_linear.masking import mask_
 from sdp_kernels.masked_linear.op import check_mask
 
 OFFERS = ("reference",)
@@ -35,4 +36,4 @@ def zero_(weights: Tensor | Sequence[Tensor], masks: Tensor | BitMask | Sequence
     choose_backend("zero_", weight_list, OFFERS)
     for weight, mask in zip(weight_list, mask_list, strict=True):
         keep = mask.to_bool() if isinstance(mask, BitMask) else mask
-        weight.masked_fill_(~keep, 0)
+        mask_(weight.detach(), keep)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdp_kernels import BitMask, masked_linear, zero_
+from sdp_kernels.masked_linear import masking
 from sdp_kernels.masked_linear.reference import masked_linear_reference
 
 
@@ -146,7 +147,9 @@ def test_zero_in_place() -> None:
     with torch.no_grad():
         weights[0][~masks[0]] = torch.nan
         weights[1][~masks[1]] = -torch.inf
+    version = weights[0]._version
     zero_(weights, [masks[0], BitMask.from_bool(masks[1])])
+    assert weights[0]._version > version, "autograd must see that saved values changed"
     for weight, mask, old in zip(weights, masks, before, strict=True):
         assert torch.equal(weight[mask], old[mask])
         assert (weight[~mask] == 0).all()
@@ -156,7 +159,26 @@ def test_zero_in_place() -> None:
     assert weights[0].grad_fn is None
 
 
-def test_zero_one_weight() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_zero_leaves_kept_bits_alone(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[-0.0, torch.nan, -torch.inf, 1e-7, -3.0, -0.0, torch.nan, -1.0]], dtype=dtype)
+    before = weight.clone()
+    mask = torch.tensor([[True] * 4 + [False] * 4])
+    zero_(weight, mask)
+    assert torch.equal(
+        weight.view(torch.int16)[:, : weight.itemsize * 2], before.view(torch.int16)[:, : weight.itemsize * 2]
+    )
+    assert not weight.view(torch.int16)[:, weight.itemsize * 2 :].any()
+
+
+def test_zero_in_compiled_code() -> None:
+    weight, mask = torch.randn(5, 7), torch.rand(5, 7) < 0.5
+    torch.compile(zero_, fullgraph=True, backend="aot_eager")(weight, mask)
+    assert torch.equal(weight != 0, mask)
+
+
+def test_zero_one_weight_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking, "CHUNK_ELEMENTS", 14)
     weight, mask = torch.randn(5, 7), torch.rand(5, 7) < 0.5
     strided = weight.clone().T.contiguous().T
     zero_(weight, mask)
