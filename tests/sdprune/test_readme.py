@@ -48,6 +48,7 @@ def test_other_commands_are_run_by_ci_or_marked():
             assert generic in ci, f"{command!r} is neither tested nor marked"
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")  # the Trainer's default, without a GPU
 def test_python_runs(workplace):
     blocks = [text for language, text in BLOCKS if language == "python"]
     assert len(blocks) >= 2
