@@ -19,15 +19,16 @@ def test_equals_one_process_with_all_rows(world_size: int, tmp_path: Path) -> No
     ranks = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(rank), str(world_size), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(world_size)
     ]
     try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        outputs = [rank.communicate(timeout=120) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    for rank, error in zip(ranks, errors, strict=True):
-        assert rank.returncode == 0, error
+    for stdout, stderr in outputs:  # not the exit status: gloo's threads now and then abort at exit
+        assert stdout == "passed", stderr
