@@ -84,7 +84,7 @@ class BitMask:
         """The fraction of weights pruned."""
         if 0 in self.shape:
             return 0.0
-        return 1 - int(self.to_bool().sum()) / (self.shape[0] * self.shape[1])
+        return 1 - int(self.to_bool().count_nonzero()) / (self.shape[0] * self.shape[1])
 
     @property
     def nbytes(self) -> int:

@@ -57,14 +57,14 @@ class DemoSize:
             warmup_steps=0,
             freeze_embeddings=True,
             logging_steps=5,
-            eval_steps=2 * self.recovery_steps,
+            eval_steps=self.recovery_steps,
         )
 
 
 FULL = DemoSize(
     data=DataConfig(max_length=64),
     fine_tuning=TrainingConfig(num_train_epochs=1.0, learning_rate=8e-5, eval_steps=90, warmup_steps=20),
-    recovery_steps=20,
+    recovery_steps=26,
 )
 QUICK = DemoSize(
     data=DataConfig(max_length=32, max_train_samples=1500, max_eval_samples=600),
