@@ -67,9 +67,9 @@ FULL = DemoSize(
     recovery_steps=26,
 )
 QUICK = DemoSize(
-    data=DataConfig(max_length=32, max_train_samples=1500, max_eval_samples=600),
+    data=DataConfig(max_length=32, max_train_samples=1000, max_eval_samples=400),
     fine_tuning=TrainingConfig(num_train_epochs=1.0, learning_rate=1e-4, eval_steps=25, warmup_steps=5),
-    recovery_steps=5,
+    recovery_steps=3,
 )
 
 SDP_CC = SDPruneConfig(
