@@ -35,7 +35,7 @@ def normalise(
     _normalise_kernel[(triton.cdiv(dim, block_dim),)](
         student,
         teacher,
-        student if sample_weight is None else sample_weight.contiguous(),
+        student if sample_weight is None else sample_weight.float().contiguous(),
         left,
         right,
         inverse_norms,
@@ -65,7 +65,7 @@ def feature_gradient(
         slope,
         unit,
         inverse,
-        product if sample_weight is None else sample_weight.contiguous(),
+        product if sample_weight is None else sample_weight.float().contiguous(),
         batch,
         dim,
         HAS_WEIGHT=sample_weight is not None,

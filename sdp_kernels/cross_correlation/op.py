@@ -53,8 +53,8 @@ def cross_correlation_loss(
         center: subtract each feature's mean over the batch first.
         target: "identity" or "teacher".
         eps: added to each feature's mean square.
-        sample_weight: (batch,), weights >= 0 of the rows in means, norms and correlations, or None for
-            equal ones. Rows without a positive weight are left out entirely: they may hold NaN.
+        sample_weight: (batch,), weights >= 0 of the rows in means, norms and correlations, a bool mask, or
+            None for equal ones. Rows without a positive weight are left out entirely: they may hold NaN.
         process_group: compute the loss over the rows of all ranks. Every rank returns the global value, and
             the gradients of its inputs are world-size times the global ones, so that the averaging of DDP
             and FSDP gives the single-process gradient of the parameters. None means local rows only.

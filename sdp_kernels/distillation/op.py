@@ -29,7 +29,7 @@ def kl_divergence_loss(
         teacher_logits: the same shape, any float dtype; gets a gradient if it asks for one. Classes may
             be switched off with -inf in both.
         temperature: above 0.
-        sample_weight: the shape without classes, weights >= 0 of the rows in the mean. Rows without a
+        sample_weight: the shape without classes, weights >= 0 of the rows in the mean, or a bool mask. Rows without a
             positive weight are left out entirely: they may hold NaN.
 
     Returns:
@@ -56,7 +56,7 @@ def cosine_distance_loss(
     Args:
         student: (..., dim), any float dtype.
         teacher: the same shape, any float dtype; gets a gradient if it asks for one.
-        sample_weight: the shape without dim, weights >= 0 of the rows in the mean. Rows without a
+        sample_weight: the shape without dim, weights >= 0 of the rows in the mean, or a bool mask. Rows without a
             positive weight are left out entirely: they may hold NaN.
         eps: the least value of each norm, >= 0. A row of zeros has cosine 0.
 

@@ -136,6 +136,17 @@ def test_weights_repeat_rows_and_leave_rows_out(backend: str, target: str, reque
         assert (gradient[[0, 1, 3, 4]] != 0).any()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+def test_weights_may_be_a_bool_mask(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "triton":
+        request.getfixturevalue("triton_backend")
+    student, teacher = features(6, 17)
+    mask = torch.tensor([True, False, True, True, False, True])
+    with use_backend(backend):
+        loss = cross_correlation_loss(student, teacher, sample_weight=mask)
+    torch.testing.assert_close(loss, cross_correlation_loss(student[mask], teacher[mask]))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_all_weights_zero_give_finite_results(form: str) -> None:
     student, teacher = features(4, 3)

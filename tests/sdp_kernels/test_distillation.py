@@ -79,6 +79,14 @@ def test_weights_average_rows_and_leave_rows_out(loss_function: Callable[..., Te
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
+def test_weights_may_be_a_bool_mask(loss_function: Callable[..., Tensor]) -> None:
+    student, teacher = torch.randn(2, 4, 5)
+    mask = torch.tensor([True, False, True, True])
+    expected = loss_function(student[mask], teacher[mask])
+    torch.testing.assert_close(loss_function(student, teacher, sample_weight=mask), expected)
+
+
+@pytest.mark.parametrize("loss_function", LOSSES)
 def test_no_rows_kept_give_zero(loss_function: Callable[..., Tensor]) -> None:
     student, teacher = torch.full((2, 3, 5), torch.nan)
     student.requires_grad_()
