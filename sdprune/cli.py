@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdprune.config import DataConfig, Recipe, SDPruneConfig, TrainingConfig
+from sdprune.config import RECIPE_NAME, DataConfig, Recipe, SDPruneConfig, TrainingConfig
 
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options))
     except KeyboardInterrupt as error:
         checkpoint = getattr(error, "checkpoint", None)
-        if checkpoint is not None and (checkpoint.parent / "recipe.yaml").exists():
+        if checkpoint is not None and (checkpoint.parent / RECIPE_NAME).exists():
             _complain(f"{error}\nGo on with: sdprune prune --resume {checkpoint.parent}")
         else:
             _complain("interrupted")
@@ -116,7 +116,7 @@ def _add_prune(commands: Any) -> None:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from sdprune.pipelines.run import RECIPE_NAME, run
+    from sdprune.pipelines.run import run
 
     given = {name: value for name, value in vars(options).items() if name in _recipe_names() and value is not _ABSENT}
     if options.model is not None:

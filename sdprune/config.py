@@ -20,6 +20,7 @@ from typing import Any, Self
 from sdprune.files import write_text
 
 CONFIG_NAME = "sdprune_config.json"
+RECIPE_NAME = "recipe.yaml"
 
 STRUCTURES = ("unstructured", "block")
 CRITERIA = ("magnitude",)

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from sdprune.analysis.report import RunRecord, write_report
-from sdprune.config import CONFIG_NAME, Recipe, SDPruneConfig, TrainingConfig
+from sdprune.config import CONFIG_NAME, RECIPE_NAME, Recipe, SDPruneConfig, TrainingConfig
 from sdprune.files import write_text
 from sdprune.masking.pruner import Sparsity
 from sdprune.masking.schedule import pruning_moments
@@ -26,7 +26,6 @@ from sdprune.pipelines.workbench import Workbench, load_workbench
 from sdprune.training.arguments import bf16_pays, training_arguments
 from sdprune.training.progress import METRICS_NAME
 
-RECIPE_NAME = "recipe.yaml"
 SCORES_NAME = "metrics.json"
 
 
