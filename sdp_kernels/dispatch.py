@@ -50,35 +50,41 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.forced = before
 
 
-def choose_backend(op: str, tensors: Sequence[Tensor], offers: Sequence[str]) -> str:
+def choose_backend(
+    op: str, tensors: Sequence[Tensor], offers: Sequence[str], against_triton: Sequence[str] = ()
+) -> str:
     """The backend that runs `op` on these tensors.
 
     Args:
         op: name of the op, for the message.
         tensors: the floating-point inputs.
         offers: backends the op implements, the fastest first, ending with "reference".
+        against_triton: the op's own reasons why its kernels cannot run on this input.
 
     Raises:
         NotImplementedError: `use_backend` asked for a backend that cannot run; lists every reason.
     """
     forced = _choice.forced
     if forced is not None:
-        reasons = reasons_against(forced, tensors, offers)
+        reasons = reasons_against(forced, tensors, offers, against_triton)
         if reasons:
             raise NotImplementedError(f"{op} cannot run on backend {forced!r}: " + "; ".join(reasons))
         return forced if forced in offers else "reference"
     for backend in offers:
-        if not _would_run_badly(backend, tensors) and not reasons_against(backend, tensors, offers):
+        if not _would_run_badly(backend, tensors) and not reasons_against(backend, tensors, offers, against_triton):
             return backend
     return "reference"
 
 
-def reasons_against(backend: str, tensors: Sequence[Tensor], offers: Sequence[str]) -> list[str]:
+def reasons_against(
+    backend: str, tensors: Sequence[Tensor], offers: Sequence[str], against_triton: Sequence[str] = ()
+) -> list[str]:
     """Every reason why `backend` cannot run on these tensors; empty if it can."""
-    reasons = []
+    reasons: list[str] = []
     if backend == "triton":
         if "triton" not in offers:
             return ["it has no Triton kernel"]
+        reasons += against_triton
         if not _triton_installed():
             reasons.append("triton is not installed")
         for tensor in tensors:

@@ -18,6 +18,18 @@ DEFAULT_FLOORS: Mapping[torch.dtype, float] = {
 
 
 @dataclass(frozen=True)
+class KernelConfig:
+    """One way in which a Triton kernel is launched: what it takes to compile it without a device."""
+
+    kernel: Any  # the function under @triton.jit
+    types: Mapping[str, str]  # Triton's type of each argument that is not constant: "*bf16", "i32", "fp32"
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    tensor_cores: bool = False  # it multiplies matrices and must use the matrix instruction of the device
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """An op, its definition, and the inputs to judge one by the other.
 
@@ -37,4 +49,4 @@ class OpSpec:
     variants: Mapping[str, Inputs] = field(default_factory=lambda: {"default": {}})
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     floors: Mapping[torch.dtype, float] = field(default_factory=lambda: DEFAULT_FLOORS)
-    has_kernel: bool = False  # a Triton kernel, which the tests run in the interpreter
+    kernel_module: str | None = None  # holds the Triton kernels and `configurations()`, which lists how they launch

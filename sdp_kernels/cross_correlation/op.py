@@ -13,7 +13,7 @@ from sdp_kernels.checks import (
     check_sample_weight,
     compute_dtype,
 )
-from sdp_kernels.cross_correlation.forms import choose_form, gram_products, matrix_products
+from sdp_kernels.cross_correlation.forms import choose_form
 from sdp_kernels.cross_correlation.reference import cross_correlation_loss_reference
 from sdp_kernels.dispatch import choose_backend
 
@@ -150,32 +150,14 @@ def _cross_correlation(
     `residual` correlates (student - teacher) with the teacher, whose diagonal should be 0 instead of 1.
     """
     if backend == "triton":
-        from sdp_kernels.cross_correlation.kernel import feature_gradient, normalise
+        from sdp_kernels.cross_correlation.kernel import loss_and_gradients
     else:
-        from sdp_kernels.cross_correlation.columns import feature_gradient, normalise
+        from sdp_kernels.cross_correlation.cpu import loss_and_gradients
 
     with torch.autocast(student.device.type, enabled=False):
-        left, right, inverse_norms, diagonal = normalise(student, teacher, sample_weight, center, residual, eps)
-        if form == "gram":
-            products = gram_products(left, right, diagonal, weight, teacher_gradient)
-        else:
-            need_left = student_gradient or (teacher_gradient and residual)
-            products = matrix_products(left, right, weight, need_left, teacher_gradient)
-        deviation = diagonal if residual else diagonal - 1
-        loss = deviation.dot(deviation) + products.off_diagonal
-
-        counted = weight if products.with_diagonal else 0.0  # what the products hold of the diagonal
-        slope = deviation.sub(diagonal, alpha=counted).mul_(2)
-        student_result, teacher_result = left.new_empty(0), left.new_empty(0)
-        if teacher_gradient:
-            product, other = products.right, left
-            if residual:  # the teacher also enters `left`, with a minus
-                product, other = product - products.left, left - right
-            teacher_result = feature_gradient(product, other, slope, right, inverse_norms[1], sample_weight)
-        if student_gradient:
-            unit = left + right if residual else left
-            student_result = feature_gradient(products.left, right, slope, unit, inverse_norms[0], sample_weight)
-    return loss, student_result, teacher_result
+        return loss_and_gradients(
+            student, teacher, sample_weight, weight, center, residual, eps, form, student_gradient, teacher_gradient
+        )
 
 
 @_cross_correlation.register_fake
@@ -219,7 +201,7 @@ class _CrossCorrelation(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("cross_correlation_loss does not support double backward (create_graph=True)")
         gradients = [
-            (scale * gradient).to(dtype) if needed else None
+            torch.mul(gradient, scale, out=gradient.new_empty(gradient.shape, dtype=dtype)) if needed else None
             for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
         return (*gradients, *[None] * 9)

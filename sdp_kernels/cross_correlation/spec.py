@@ -36,5 +36,5 @@ SPEC = OpSpec(
         "uncentred": {"center": False, "eps": 1e-5},
         "teacher target": {"target": "teacher", "off_diagonal_weight": 0.3},
     },
-    has_kernel=True,
+    kernel_module="sdp_kernels.cross_correlation.kernel",
 )

@@ -22,7 +22,7 @@ def cases(*, kernels: bool = False, dtypes: tuple[torch.dtype, ...] | None = Non
     """One pytest parameter for each op, variant, shape and dtype."""
     parameters = []
     for spec in SPECS.values():
-        if kernels and not spec.has_kernel:
+        if kernels and spec.kernel_module is None:
             continue
         for variant in spec.variants:
             for shape in spec.shapes[:INTERPRETER_SHAPES] if kernels else spec.shapes:
