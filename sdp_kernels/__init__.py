@@ -1,6 +1,7 @@
 """Losses and linear maps for self-distilled pruning; Triton kernels where they can run, torch elsewhere."""
 
 from sdp_kernels.alignment import aligned_weight_loss
+from sdp_kernels.block_sparse_linear import BlockSparseMatrix, block_sparse_linear
 from sdp_kernels.cross_correlation import RowQueue, cross_correlation_loss
 from sdp_kernels.dispatch import use_backend
 from sdp_kernels.distillation import cosine_distance_loss, kl_divergence_loss
@@ -9,8 +10,10 @@ from sdp_kernels.masked_linear import BitMask, masked_linear, zero_
 
 __all__ = [
     "BitMask",
+    "BlockSparseMatrix",
     "RowQueue",
     "aligned_weight_loss",
+    "block_sparse_linear",
     "cosine_distance_loss",
     "cross_correlation_loss",
     "kl_divergence_loss",

@@ -1,0 +1,214 @@
+"""Block-sparse linear map: public function, checks, autograd, registration."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
+from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS, block_sparse_linear_reference
+from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
+from sdp_kernels.dispatch import choose_backend
+
+OFFERS = ("triton", "cpu", "reference")
+
+
+def block_sparse_linear(
+    input: Tensor,
+    weight: BlockSparseMatrix,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] | None = None,
+) -> Tensor:
+    """`activation(input @ weight.T + bias)`, with work only for the kept blocks of the weight.
+
+    The result is that of `F.linear` with `weight.to_dense()`, up to rounding. Gradients go to the input, the
+    values of the weight and the bias. On a CPU the compiled engine needs numba (the extra `cpu`); without it
+    the products are dense ones in torch, one for each row of blocks.
+
+    Args:
+        input: (..., in), float32, float16, bfloat16 or float64, with any number of tokens, also none.
+        weight: (out, in), with values of the input's dtype unless autocast converts both, as for `F.linear`.
+        bias: (out,) of the same dtype, or None.
+        activation: applied to the result; "gelu" is the exact one (`F.gelu`), "gelu_tanh" its tanh approximation
+            (https://arxiv.org/abs/1606.08415), "silu" is x * sigmoid(x).
+
+    Returns:
+        (..., out), contiguous, the dtype that `F.linear` would return, also under autocast.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or an unknown activation.
+        TypeError: the weight is no `BlockSparseMatrix`, or a tensor is not floating-point.
+        RuntimeError: on double backward, unless on the backend "reference".
+    """
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    _check_tensors(input, weight, bias)
+    values = weight.values
+    dtype = _autocast_dtype(input)
+    if dtype is not None:
+        input, values = input.to(dtype), values.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, tensor in (("weight", values), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
+
+    backend = choose_backend("block_sparse_linear", (input, values), OFFERS)
+    with torch.autocast(input.device.type, enabled=False):
+        if backend == "reference":
+            matrix = BlockSparseMatrix(
+                values, weight.crow_indices, weight.col_indices, weight.shape, weight.block_shape, weight.lists
+            )
+            return block_sparse_linear_reference(input, matrix, bias, activation=activation)
+        # The backward of an activation needs what came into it, which a fused one does not keep.
+        trains = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (input, values, bias) if tensor is not None
+        )
+        lists = weight.lists
+        output: Tensor = _block_sparse_linear(
+            input.reshape(-1, weight.shape[1]),
+            values,
+            bias,
+            weight.crow_indices,
+            weight.col_indices,
+            lists.block_rows,
+            lists.row_order,
+            lists.ccol_indices,
+            lists.row_indices,
+            lists.positions,
+            lists.column_order,
+            weight.shape[0],
+            None if trains else activation,
+            backend,
+        )
+        output = output.view(*input.shape[:-1], weight.shape[0])
+        return ACTIVATIONS[activation](output) if trains else output
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    device = input.device.type
+    if input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _check_tensors(input: Tensor, weight: BlockSparseMatrix, bias: Tensor | None) -> None:
+    check_floating("input", input)
+    if not isinstance(weight, BlockSparseMatrix):
+        raise TypeError(f"weight must be a BlockSparseMatrix, got {type(weight).__name__}")
+    if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input must have shape (..., {weight.shape[1]}), got {tuple(input.shape)}")
+    check_same_device("weight", weight.values, "input", input)
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (weight.shape[0],))
+        check_same_device("bias", bias, "input", input)
+
+
+@torch.library.custom_op("sdp_kernels::block_sparse_linear", mutates_args=())
+def _block_sparse_linear(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_rows: Tensor,
+    row_order: Tensor,
+    ccol_indices: Tensor,
+    row_indices: Tensor,
+    positions: Tensor,
+    column_order: Tensor,
+    out_features: int,
+    activation: str | None,
+    backend: str,
+) -> Tensor:
+    """(tokens, in) -> (tokens, out). The lists of the block columns are here for the backward."""
+    if backend == "triton":
+        from sdp_kernels.block_sparse_linear.kernel import product
+
+        return product(input, values, bias, crow_indices, col_indices, None, row_order, out_features, activation)
+    from sdp_kernels.block_sparse_linear.cpu import product as cpu_product
+
+    return cpu_product(input, values, bias, crow_indices, col_indices, None, out_features, activation)
+
+
+@_block_sparse_linear.register_fake
+def _(input: Tensor, values: Tensor, *others: Any) -> Tensor:
+    return input.new_empty((input.shape[0], others[-3]))
+
+
+@torch.library.custom_op("sdp_kernels::block_sparse_linear_backward", mutates_args=())
+def _block_sparse_linear_backward(
+    gradient: Tensor,
+    input: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_rows: Tensor,
+    ccol_indices: Tensor,
+    row_indices: Tensor,
+    positions: Tensor,
+    column_order: Tensor,
+    need_input: bool,
+    need_values: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of input and values, in their dtype; empty where not needed."""
+    input_gradient, values_gradient = input.new_empty(0), values.new_empty(0)
+    in_features = input.shape[1]
+    if backend == "triton":
+        from sdp_kernels.block_sparse_linear.kernel import product
+        from sdp_kernels.block_sparse_linear.kernel import values_gradient as values_product
+
+        if need_input:
+            across = values.transpose(1, 2)
+            input_gradient = product(
+                gradient, across, None, ccol_indices, row_indices, positions, column_order, in_features, None
+            )
+        if need_values:
+            values_gradient = values_product(gradient, input, block_rows, col_indices, values.shape)
+    else:
+        from sdp_kernels.block_sparse_linear.cpu import product as cpu_product
+        from sdp_kernels.block_sparse_linear.gathered import values_product as cpu_values_product
+
+        if need_input:
+            across = values.transpose(1, 2)
+            input_gradient = cpu_product(
+                gradient, across, None, ccol_indices, row_indices, positions, in_features, None
+            )
+        if need_values:
+            block_shape = (values.shape[1], values.shape[2])
+            values_gradient = cpu_values_product(gradient, input, crow_indices, col_indices, block_shape)
+    return input_gradient, values_gradient
+
+
+@_block_sparse_linear_backward.register_fake
+def _(gradient: Tensor, input: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    need_input, need_values = others[-3:-1]
+    return (
+        input.new_empty(input.shape if need_input else (0,)),
+        values.new_empty(values.shape if need_values else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, values, bias, crow, col, block_rows, _, ccol, row, positions, order, _, ctx.activation, ctx.backend = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(input, values, crow, col, block_rows, ccol, row, positions, order)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.activation is not None:
+        raise RuntimeError("the fused activation keeps nothing for a backward; block_sparse_linear applies it apart")
+    need_input, need_values, need_bias = ctx.needs_input_grad[:3]
+    input_gradient, values_gradient = _block_sparse_linear_backward(
+        gradient, *ctx.saved_tensors, need_input, need_values, ctx.backend
+    )
+    return (
+        input_gradient if need_input else None,
+        values_gradient if need_values else None,
+        gradient.sum(0) if need_bias and ctx.has_bias else None,
+        *[None] * 11,
+    )
+
+
+_block_sparse_linear.register_autograd(_backward, setup_context=_setup_context)
