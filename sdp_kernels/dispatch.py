@@ -97,6 +97,11 @@ def reasons_against(
     return list(dict.fromkeys(reasons))
 
 
+def float32_precision() -> str:
+    """How float32 matrices are to be multiplied on CUDA, "tf32" or "ieee": torch's switch, in `tl.dot`'s words."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def _would_run_badly(backend: str, tensors: Sequence[Tensor]) -> bool:
     """Triton's interpreter is for tests: taken only when asked for."""
     return backend == "triton" and any(tensor.device.type != "cuda" for tensor in tensors)

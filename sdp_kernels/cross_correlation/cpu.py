@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.checks import compute_dtype
-from sdp_kernels.cross_correlation.forms import gram_products, matrix_products
+from sdp_kernels.cross_correlation.forms import Options, gram_products, matrix_products
 
 DEAD_EPSILONS = 16  # a feature is dead if its centred norm is below this many machine epsilons of its raw norm
 
@@ -21,36 +21,30 @@ class Columns(NamedTuple):
 
 
 def loss_and_gradients(
-    student: Tensor,
-    teacher: Tensor,
-    sample_weight: Tensor | None,
-    weight: float,
-    center: bool,
-    residual: bool,
-    eps: float,
-    form: str,
-    student_gradient: bool,
-    teacher_gradient: bool,
+    student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the gradients asked for (the others empty), in the compute dtype."""
-    left, right, inverse_norms, diagonal = normalise(student, teacher, sample_weight, center, residual, eps)
-    if form == "gram":
-        products = gram_products(left, right, diagonal, weight, teacher_gradient)
+    weight, residual = options.weight, options.residual
+    left, right, inverse_norms, diagonal = normalise(
+        student, teacher, sample_weight, options.center, residual, options.eps
+    )
+    if options.form == "gram":
+        products = gram_products(left, right, diagonal, weight, options.teacher_gradient)
     else:
-        need_left = student_gradient or (teacher_gradient and residual)
-        products = matrix_products(left, right, weight, need_left, teacher_gradient)
+        need_left = options.student_gradient or (options.teacher_gradient and residual)
+        products = matrix_products(left, right, weight, need_left, options.teacher_gradient)
     deviation = diagonal if residual else diagonal - 1
     loss = deviation.dot(deviation) + products.off_diagonal
 
     counted = weight if products.with_diagonal else 0.0  # what the products hold of the diagonal
     slope = deviation.sub(diagonal, alpha=counted).mul_(2)
     student_result, teacher_result = left.new_empty(0), left.new_empty(0)
-    if teacher_gradient:
+    if options.teacher_gradient:
         product, other = products.right, left
         if residual:  # the teacher also enters `left`, with a minus
             product, other = product - products.left, left - right
         teacher_result = feature_gradient(product, other, slope, right, inverse_norms[1], sample_weight)
-    if student_gradient:
+    if options.student_gradient:
         unit = left + right if residual else left
         student_result = feature_gradient(products.left, right, slope, unit, inverse_norms[0], sample_weight)
     return loss, student_result, teacher_result

@@ -19,6 +19,18 @@ Form = Literal["gram", "matrix"]
 MATRIX_CHUNK_ELEMENTS = 2**24  # of C at a time: 64 MiB in float32
 
 
+class Options(NamedTuple):
+    """What to compute, besides the tensors."""
+
+    weight: float  # of the entries off the diagonal
+    center: bool
+    residual: bool  # correlate (student - teacher) with the teacher: the diagonal should be 0 instead of 1
+    eps: float
+    form: Form
+    student_gradient: bool  # make it
+    teacher_gradient: bool
+
+
 class Products(NamedTuple):
     """What a form gives back. Both products are scaled by 2 * weight, so they are parts of gradients."""
 

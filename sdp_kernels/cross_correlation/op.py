@@ -13,7 +13,7 @@ from sdp_kernels.checks import (
     check_sample_weight,
     compute_dtype,
 )
-from sdp_kernels.cross_correlation.forms import choose_form
+from sdp_kernels.cross_correlation.forms import Options, choose_form
 from sdp_kernels.cross_correlation.reference import cross_correlation_loss_reference
 from sdp_kernels.dispatch import choose_backend
 
@@ -145,19 +145,15 @@ def _cross_correlation(
     student_gradient: bool,
     teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and the gradients asked for (the others empty), all in the compute dtype.
-
-    `residual` correlates (student - teacher) with the teacher, whose diagonal should be 0 instead of 1.
-    """
+    """Loss and the gradients asked for (the others empty), all in the compute dtype."""
     if backend == "triton":
         from sdp_kernels.cross_correlation.kernel import loss_and_gradients
     else:
         from sdp_kernels.cross_correlation.cpu import loss_and_gradients
 
     with torch.autocast(student.device.type, enabled=False):
-        return loss_and_gradients(
-            student, teacher, sample_weight, weight, center, residual, eps, form, student_gradient, teacher_gradient
-        )
+        options = Options(weight, center, residual, eps, form, student_gradient, teacher_gradient)
+        return loss_and_gradients(student, teacher, sample_weight, options)
 
 
 @_cross_correlation.register_fake

@@ -1,0 +1,135 @@
+"""What the kernels share: tiles of rows and columns, and the little formulas on them."""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdp_kernels.cross_correlation.cpu import DEAD_EPSILONS
+
+DEAD_LIMIT = (DEAD_EPSILONS * torch.finfo(torch.float32).eps) ** 2
+
+
+def product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """The dtype of the large products: that of the inputs, if they agree and its range holds sums over `dim`."""
+    if student.dtype != teacher.dtype or (student.dtype == torch.float16 and student.shape[1] > 2**15):
+        return torch.float32
+    return student.dtype
+
+
+def result_like(features: Tensor, wanted: bool) -> Tensor:
+    """Memory for a gradient, or an empty tensor."""
+    return features.new_empty(features.shape if wanted else (0,), dtype=torch.float32)
+
+
+def types_of(dtype: torch.dtype) -> dict[str, str]:
+    """Triton's type of every argument of these kernels by its name, for features of `dtype`."""
+    features = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    integers = ("batch", "dim", "rows", "chunk_rows", "chunks", "first_row", "strips", "parts", "entries")
+    floats = ("statistics", "sums", "columns", "gram_parts", "loss_parts", "loss", "sample_weight")
+    products = ("left", "right", "student_product", "teacher_product", "correlation", "gram")
+    return (
+        dict.fromkeys(("student", "teacher", *products), features)
+        | dict.fromkeys((*floats, "student_gradient", "teacher_gradient"), "*fp32")
+        | dict.fromkeys(("weight", "eps", "dead_limit"), "fp32")
+        | dict.fromkeys(integers, "i32")
+        | {"done": "*i32"}
+    )
+
+
+@triton.jit
+def load_rows(pointer, sample_weight, row, column, batch, dim, HAS_WEIGHT: tl.constexpr):
+    """(rows, columns) features as float32 and their (rows, 1) weights; 0 outside.
+
+    Rows without a positive weight are not read, so whatever they hold stays out.
+    """
+    inside = row < batch
+    if HAS_WEIGHT:
+        share = tl.load(sample_weight + row, mask=inside, other=0.0)
+        inside = inside & (share > 0)
+        share = tl.where(inside, share, 0.0)
+    else:
+        share = tl.where(inside, 1.0, 0.0)
+    mask = inside[:, None] & (column < dim)[None, :]
+    offset = row.to(tl.int64)[:, None] * dim + column[None, :]
+    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32), share[:, None]
+
+
+@triton.jit
+def unit_columns(features, share, mean, inverse):
+    """Centred and scaled to unit norm; 0 where the weight is."""
+    return (features - mean[None, :]) * tl.sqrt(share) * inverse[None, :]
+
+
+@triton.jit
+def load_units(
+    student, teacher, sample_weight, columns, row, column, batch, dim, RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr
+):
+    """Left and right unit columns made again from the inputs, in float32, and the weights.
+
+    What the products read is rounded to their dtype. Here that would cost digits where student and teacher
+    agree, because going back through the norm leaves only the part in which they differ.
+    """
+    inside = column < dim
+    s, share = load_rows(student, sample_weight, row, column, batch, dim, HAS_WEIGHT)
+    t, share = load_rows(teacher, sample_weight, row, column, batch, dim, HAS_WEIGHT)
+    mean = tl.load(columns + column, mask=inside, other=0.0)
+    inverse = tl.load(columns + dim + column, mask=inside, other=0.0)
+    s = unit_columns(s, share, mean, inverse)
+    mean = tl.load(columns + 2 * dim + column, mask=inside, other=0.0)
+    inverse = tl.load(columns + 3 * dim + column, mask=inside, other=0.0)
+    t = unit_columns(t, share, mean, inverse)
+    if RESIDUAL:
+        s = s - t
+    return s, t, share
+
+
+@triton.jit
+def load_tile(pointer, row, column, batch, dim):
+    """(rows, columns) entries in their dtype; 0 outside."""
+    mask = (row < batch)[:, None] & (column < dim)[None, :]
+    return tl.load(pointer + row.to(tl.int64)[:, None] * dim + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, value, row, column, batch, dim):
+    mask = (row < batch)[:, None] & (column < dim)[None, :]
+    offset = row.to(tl.int64)[:, None] * dim + column[None, :]
+    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tile_statistics(features, share, CENTER: tl.constexpr):
+    """Mean and weighted sum of squares about it, of the columns of one tile."""
+    total = tl.sum(share)
+    mean = tl.sum(features * share, 0) / tl.maximum(total, 1e-37) * (1.0 if CENTER else 0.0)
+    centred = features - mean[None, :]
+    return total, mean, tl.sum(centred * centred * share, 0)
+
+
+@triton.jit
+def inverse_norm(squares, mean, total, eps, dead_limit):
+    """1 / norm of a centred column, 0 for a dead one; total * mean^2 is what centring took from the raw squares."""
+    dead = squares <= dead_limit * (squares + total * mean * mean)
+    return tl.where(dead, 0.0, 1.0 / tl.sqrt(tl.where(dead, 1.0, squares + total * eps)))
+
+
+@triton.jit
+def slope_of(diagonal, weight, RESIDUAL: tl.constexpr, GRAM: tl.constexpr):
+    """Deviation of the diagonal, and the derivative by it of what the products do not cover already."""
+    deviation = diagonal if RESIDUAL else diagonal - 1.0
+    slope = 2.0 * deviation
+    if GRAM:  # the products hold the diagonal too
+        slope = slope - 2.0 * weight * diagonal
+    return deviation, slope
+
+
+@triton.jit
+def through_norm(gradient, unit, along, inverse, share):
+    """Gradient by the features from that by their unit columns.
+
+    Centring needs nothing more: the gradient is a combination of centred columns, whose weighted sum is zero.
+    """
+    return (gradient - unit * along[None, :]) * inverse[None, :] * tl.sqrt(share)
