@@ -1,0 +1,1 @@
+"""Benchmarks of `sdp_kernels`: `python -m bench NAME`. See bench/README.md."""

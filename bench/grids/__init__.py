@@ -1,0 +1,9 @@
+"""The table of benchmarks: one file and one entry each."""
+
+from bench.grid import Grid
+from bench.grids.alignment import GRID as ALIGNMENT
+from bench.grids.cosine_distance import GRID as COSINE_DISTANCE
+from bench.grids.cross_correlation import GRID as CROSS_CORRELATION
+from bench.grids.kl_divergence import GRID as KL_DIVERGENCE
+
+GRIDS: dict[str, Grid] = {grid.name: grid for grid in (CROSS_CORRELATION, KL_DIVERGENCE, COSINE_DISTANCE, ALIGNMENT)}

@@ -1,0 +1,189 @@
+"""What the Triton kernels use on each GPU, found by compiling them without one."""
+
+import importlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from sdp_kernels.spec import KernelConfig
+
+SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program may use, by compute capability
+CAPABILITIES = tuple(SHARED_LIMITS)
+MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
+ASYNC_COPY = re.compile(r"\bcp\.async\.(?!wait|commit|bulk\.wait|bulk\.commit)")
+# Integer arguments that are multiples of 16 in the launches that matter, which Triton then knows.
+SIZES = re.compile(r"batch|dim|rows|cols|columns|classes|features|tokens|elements|(.*_)?stride(_.*)?")
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel uses."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread; not 0 means spilled registers
+    local: int  # bytes a thread
+    shared: int  # bytes
+    matrix_instructions: int  # in the text of the kernel, as are the copies
+    async_copies: int
+
+
+class Outcome(NamedTuple):
+    """A configuration on one GPU."""
+
+    label: str
+    capability: int
+    resources: Resources | None  # None: it does not compile
+    reasons: list[str]  # against it
+
+
+def compile_config(config: KernelConfig, capability: int) -> Resources:
+    """Compile a kernel for a compute capability (90 is 9.0) as it would be for a real launch.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set, under which kernels are not compiled.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 keeps kernels from being compiled; unset it and start Python again")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = config.kernel.arg_names
+    signature = {name: "constexpr" if name in config.constants else config.types[name] for name in names}
+    source = ASTSource(
+        fn=config.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in config.constants.items()},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if signature[name].startswith("*") or (signature[name].startswith("i") and SIZES.fullmatch(name))
+        },
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    usage = _resource_usage(Path(triton.__file__).parent, compiled.asm["cubin"])
+    return Resources(
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        local=usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        matrix_instructions=len(MATRIX_INSTRUCTION.findall(ptx)),
+        async_copies=len(ASYNC_COPY.findall(ptx)),
+    )
+
+
+def _resource_usage(triton_folder: Path, cubin: bytes) -> dict[str, int]:
+    """What the cuobjdump that comes with Triton says of a kernel: REG, STACK, SHARED, LOCAL."""
+    tool = triton_folder / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout)}
+
+
+def reasons_against(config: KernelConfig, capability: int, resources: Resources) -> list[str]:
+    """Why this configuration must not be shipped for this GPU; empty if it may be."""
+    reasons = []
+    if resources.stack > 0 or resources.local > 0:
+        reasons.append(f"spills: {resources.stack} bytes of stack, {resources.local} local, allowed 0")
+    limit = SHARED_LIMITS[capability] * 1024
+    if resources.shared > limit:
+        reasons.append(f"{resources.shared} bytes of shared memory, allowed {limit}")
+    if config.tensor_cores and resources.matrix_instructions == 0:
+        reasons.append("no matrix instruction")
+    return reasons
+
+
+def label(config: KernelConfig) -> str:
+    """The kernel, the types of its pointers, its constants and warps, in short."""
+    function = config.kernel.fn
+    names = config.kernel.arg_names
+    kinds = dict.fromkeys(config.types[name] for name in names if config.types.get(name, "").startswith("*"))
+    constants = " ".join(f"{name}={value}" for name, value in config.constants.items())
+    return f"{function.__module__.removeprefix('sdp_kernels.')}.{function.__name__} {','.join(kinds)} {constants} warps={config.num_warps}"
+
+
+@cache
+def configurations(module: str) -> list[KernelConfig]:
+    """The distinct configurations that a kernel module lists."""
+    found: dict[tuple[str, ...], KernelConfig] = {}
+    for config in importlib.import_module(module).configurations():
+        types = {name: config.types.get(name) for name in config.kernel.arg_names}
+        key = (label(config), *map(repr, (types, config.num_stages)))
+        found.setdefault(key, config)
+    return list(found.values())
+
+
+def judge(module: str, index: int, capability: int) -> Outcome:
+    """Compile one configuration of a module; a process of the pool cannot be handed a kernel itself."""
+    config = configurations(module)[index]
+    try:
+        resources = compile_config(config, capability)
+    except Exception as error:  # whatever the compiler raises is a reason like others
+        lines = str(error).strip().splitlines() or [""]
+        return Outcome(label(config), capability, None, [f"{type(error).__name__}: {lines[-1][:200]}"])
+    return Outcome(label(config), capability, resources, reasons_against(config, capability, resources))
+
+
+def report(capabilities: Sequence[int] = CAPABILITIES, ops: Sequence[str] | None = None) -> int:
+    """Compile everything, print what it uses and what is wrong with it; 1 if anything is.
+
+    Raises:
+        ValueError: an op or a capability is unknown.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 keeps kernels from being compiled; unset it and start Python again")
+    from sdp_kernels.registry import SPECS
+
+    _check_known("op", ops or (), tuple(SPECS))
+    _check_known("arch", capabilities, CAPABILITIES)
+    modules = {spec.kernel_module for name, spec in SPECS.items() if spec.kernel_module and (not ops or name in ops)}
+    jobs = [
+        (module, index, capability)
+        for module in sorted(modules)
+        for index in range(len(configurations(module)))
+        for capability in capabilities
+    ]
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+        results = pool.map(judge, *zip(*jobs, strict=True)) if jobs else iter(())
+        outcomes = list(tqdm(results, total=len(jobs), unit="kernel", dynamic_ncols=True))
+    print(table(outcomes))
+    reasons = [f"sm_{found.capability} {found.label}: {reason}" for found in outcomes for reason in found.reasons]
+    print("\n".join([f"{len(outcomes)} compiled, {len(reasons)} reasons against them", *reasons]))
+    return 1 if reasons else 0
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """What each configuration uses, as plain text."""
+    lines = ["   sm  regs stack local  shared   mma  copy  kernel"]
+    for found in sorted(outcomes, key=lambda found: (found.label, found.capability)):
+        used: Any = found.resources
+        numbers = (
+            "does not compile".ljust(36)
+            if used is None
+            else f"{used.registers:5} {used.stack:5} {used.local:5} {used.shared:7}"
+            f" {used.matrix_instructions:5} {used.async_copies:5}"
+        )
+        lines.append(f"{found.capability:5} {numbers}  {found.label}")
+    return "\n".join(lines)
+
+
+def _check_known(name: str, values: Sequence[object], known: Sequence[object]) -> None:
+    unknown = [value for value in values if value not in known]
+    if unknown:
+        raise ValueError(f"{name} must be among {list(known)}, got {unknown}")

@@ -1,0 +1,231 @@
+"""One case of a grid: gate, times, memory; and how a run goes through many of them."""
+
+import gc
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench.grid import DTYPES, MATMUL_PRECISIONS, Call, Case, Grid
+from bench.machine import FITTING_SHARE, Machine
+from bench.results import Row, append_rows, identity, read_rows
+from bench.timing import measure, peak_mib
+from sdp_kernels.spec import Inputs
+
+BASELINE_LIMIT = 0.1  # relative error up to which a baseline counts as computing the same
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made."""
+
+    results: Path
+    seconds: float = 1.0  # of timing for each contender of a case
+    longest_call: float = 60.0  # seconds; a case with a longer one is skipped
+    again: bool = False  # measure what is already there
+
+
+class Job(NamedTuple):
+    """A case and where it belongs."""
+
+    grid: Grid
+    case: Case
+
+
+class Step:
+    """Forward and backward, as a training step needs them: the result, and the gradients of the leaves."""
+
+    def __init__(self, call: Call, leaves: Sequence[Tensor]) -> None:
+        self.call = call
+        self.leaves = leaves
+        self.cotangent: Tensor | None = None
+
+    def __call__(self) -> list[Tensor]:
+        output = self.call()
+        if not self.leaves:
+            return [output]
+        if self.cotangent is None:
+            values = torch.linspace(0.5, 1.5, output.numel(), device=output.device, dtype=output.dtype)
+            self.cotangent = values.view(output.shape)
+        return [output.detach(), *torch.autograd.grad(output, self.leaves, self.cotangent)]
+
+
+def run(jobs: Sequence[Job], machine: Machine, settings: Settings, deadline: float = math.inf) -> list[Row]:
+    """Measure the jobs in order and append their rows; returns the rows of all jobs, old ones included.
+
+    Args:
+        jobs: the most telling first.
+        machine: where.
+        settings: how.
+        deadline: of `time.monotonic()`; a job that would probably end later is left for the next run.
+    """
+    rows: list[Row] = []
+    stamp = machine.stamp()
+    known = _known_rows(jobs, machine, settings)
+    overrun = 0.0  # of the worst job so far: compilation, mostly
+    left = 0
+    with tqdm(jobs, unit="case", dynamic_ncols=True) as bar:
+        for grid, case in bar:
+            bar.set_description(f"{grid.name} {'x'.join(map(str, case.shape))} {case.dtype}")
+            row = {"op": grid.name, "shape": list(case.shape), "dtype": case.dtype}
+            present = known.get(identity(stamp | row), [])
+            if present and not settings.again:
+                rows += present
+                continue
+            expected = expected_seconds(grid, case, machine, settings)
+            started = time.monotonic()
+            if started + expected + overrun > deadline:
+                left += 1
+                continue
+            found = [row | measured for measured in run_case(grid, case, machine, settings)]
+            overrun = max(overrun, time.monotonic() - started - expected)
+            date = datetime.now(UTC).isoformat(timespec="seconds")
+            rows += (found := [measured | stamp | {"date": date} for measured in found])
+            append_rows(results_path(grid, machine, settings), found)
+    if left:
+        print(f"{left} of {len(jobs)} cases were left out: no time")
+    return rows
+
+
+def results_path(grid: Grid, machine: Machine, settings: Settings) -> Path:
+    """The file of this grid on this device."""
+    return settings.results / machine.slug / f"{grid.name}.jsonl"
+
+
+def _known_rows(jobs: Sequence[Job], machine: Machine, settings: Settings) -> dict[str, list[Row]]:
+    known: dict[str, dict[str, Row]] = {}
+    for grid in {job.grid.name: job.grid for job in jobs}.values():
+        for row in read_rows(results_path(grid, machine, settings)):
+            known.setdefault(identity(row), {})[row["contender"]] = row
+    return {key: list(rows.values()) for key, rows in known.items()}
+
+
+def call_seconds(grid: Grid, case: Case, machine: Machine) -> float:
+    """About how long the slowest call takes: the reference in float64."""
+    work = grid.heaviest(case.shape)
+    return work.bytes / machine.copy_rate + work.flops / machine.matmul_rates["fp64"]
+
+
+def expected_seconds(grid: Grid, case: Case, machine: Machine, settings: Settings) -> float:
+    """About how long a case takes without compilation: the gate's two references, and each contender's calls."""
+    call = call_seconds(grid, case, machine)
+    if call > settings.longest_call:
+        return 0.0
+    return 2 * call + 4 * max(settings.seconds, 5 * call / 2)
+
+
+def run_case(grid: Grid, case: Case, machine: Machine, settings: Settings) -> list[Row]:
+    """The rows of one case, one a contender; a contender has a time only if it is right."""
+    memory = grid.heaviest(case.shape).memory
+    if memory > FITTING_SHARE * machine.memory:
+        return _skipped(f"needs {memory / 2**30:.0f} GiB, {machine.memory / 2**30:.0f} are there")
+    seconds = call_seconds(grid, case, machine)
+    if seconds > settings.longest_call:
+        return _skipped(f"a call takes {seconds:.0f} s, allowed {settings.longest_call:.0f}")
+    torch.compiler.reset()  # or torch.compile gives up on a function after a few shapes
+    torch.set_float32_matmul_precision(MATMUL_PRECISIONS[case.dtype])
+    try:
+        return _gate_and_measure(grid, case, machine, settings)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        gc.collect()
+        if machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _skipped(reason: str) -> list[Row]:
+    return [{"contender": "ours", "skipped": reason}]
+
+
+def _gate_and_measure(grid: Grid, case: Case, machine: Machine, settings: Settings) -> list[Row]:
+    torch.manual_seed(0)
+    inputs = grid.inputs(case.shape, DTYPES[case.dtype], machine.device)
+    truth = reference_results(grid, inputs, torch.float64)
+    allowed = [
+        2 * lost + grid.floors[case.dtype]
+        for lost in relative_errors(reference_results(grid, inputs, DTYPES[case.dtype]), truth)
+    ]
+    leaves = require_gradients(grid, inputs)
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for name, contender in grid.contenders().items():
+        try:
+            step = Step(contender(inputs), leaves)
+            errors = relative_errors(step(), truth)
+        except Exception as error:  # any library may be among the contenders: its row says what it raised
+            rows[name] = _failed(name, error)
+            continue
+        limits = allowed if name == "ours" else [BASELINE_LIMIT] * len(errors)
+        correct = all(error <= limit for error, limit in zip(errors, limits, strict=True))
+        rows[name] = {"contender": name, "correct": correct, "error": _finite(max(errors)), "allowed": max(limits)}
+        if not correct:  # of the value and of each gradient
+            rows[name] |= {"errors": [_finite(error) for error in errors], "limits": limits}
+        else:
+            steps[name] = step
+    del truth
+    if "ours" not in steps:
+        return list(rows.values())  # no ratio is reported on a red gate
+    times = measure(steps, machine.device, settings.seconds)
+    itemsize = DTYPES[case.dtype].itemsize
+    bound = 1e3 * machine.seconds(grid.bound(case.shape, itemsize), case.dtype)
+    for name, taken in times.items():
+        rows[name] |= {
+            "median_ms": taken.median,
+            "p20_ms": taken.p20,
+            "p80_ms": taken.p80,
+            "host_ms": taken.host,
+            "repeats": taken.repeats,
+            "timing": taken.how,
+            "ratio_to_ours": taken.median / times["ours"].median,
+            "peak_mib": peak_mib(steps[name], machine.device),
+            "bound_ms": bound,
+        }
+    return list(rows.values())
+
+
+def _failed(name: str, error: Exception) -> Row:
+    lines = str(error).strip().splitlines() or [""]
+    row = {"contender": name, "failed": f"{type(error).__name__}: {lines[0][:200]}"}
+    return row | {"correct": False} if name == "ours" else row
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def relative_errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """Largest deviation of each tensor, relative to its largest true entry; NaN where there is one."""
+    return [
+        float((result.double() - true).abs().max() / true.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+        for result, true in zip(results, truth, strict=True)
+    ]
+
+
+def reference_results(grid: Grid, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """Result and gradients of the reference, on copies of the inputs in `dtype`."""
+    copies = {name: _convert(value, dtype) for name, value in inputs.items()}
+    leaves = require_gradients(grid, copies)
+    return Step(lambda: grid.reference(**copies), leaves)()
+
+
+def require_gradients(grid: Grid, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Make leaves of the inputs that get a gradient."""
+    values = [inputs[name] for name in grid.grad_args]
+    flat = [tensor for value in values for tensor in ([value] if isinstance(value, Tensor) else value)]
+    return [tensor.requires_grad_() for tensor in flat]
+
+
+def _convert(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().to(dtype) if value.is_floating_point() else value
+    if isinstance(value, list):
+        return [_convert(item, dtype) for item in value]
+    return value

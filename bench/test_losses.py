@@ -1,0 +1,37 @@
+"""Forward and backward of every loss on small shapes: `pytest bench --benchmark-only`."""
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.grid import DTYPES, Case, Grid
+from bench.grids import GRIDS
+from bench.machine import synchronize
+from bench.runner import Step, require_gradients
+
+LARGEST = 2**20  # elements of an input
+CONTENDERS = ("ours", "eager")  # `python -m bench` has the compiled ones too, which take seconds to compile
+
+CASES = [
+    pytest.param(grid, case, contender, id=f"{grid.name}-{'x'.join(map(str, case.shape))}-{case.dtype}-{contender}")
+    for grid in GRIDS.values()
+    for case in sorted(grid.cases("cuda" if torch.cuda.is_available() else "cpu"), key=lambda case: case.shape)
+    if torch.Size(case.shape).numel() <= LARGEST
+    for contender in CONTENDERS
+]
+
+
+@pytest.mark.benchmark(min_time=1e-4, max_time=0.2, min_rounds=3, warmup=False)
+@pytest.mark.parametrize(("grid", "case", "contender"), CASES)
+def test_loss(grid: Grid, case: Case, contender: str, device: torch.device, benchmark: BenchmarkFixture) -> None:
+    benchmark.group = f"{grid.name} {'x'.join(map(str, case.shape))} {case.dtype}"
+    inputs = grid.inputs(case.shape, DTYPES[case.dtype], device)
+    step = Step(grid.contenders()[contender](inputs), require_gradients(grid, inputs))
+    step()
+
+    def call() -> list[torch.Tensor]:
+        results = step()
+        synchronize(device)
+        return results
+
+    assert all(result.isfinite().all() for result in benchmark(call))
