@@ -1,13 +1,23 @@
-"""Distillation losses between rows of a student and a teacher: KL divergence and cosine distance."""
+"""Distillation losses between rows of a student and a teacher: KL divergence and cosine distance.
+
+Public functions, checks, autograd, registration.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdp_kernels.checks import check_above, check_at_least, check_pair, check_sample_weight
+from sdp_kernels.checks import check_above, check_at_least, check_pair, check_sample_weight, compute_dtype
 from sdp_kernels.dispatch import choose_backend
-from sdp_kernels.distillation.reference import cosine_distance_loss_reference, kl_divergence_loss_reference
+from sdp_kernels.distillation.reference import (
+    cosine_distance_loss_reference,
+    kl_divergence_loss_reference,
+    weighted_mean,
+)
 
-OFFERS = ("reference",)
+OFFERS = ("triton", "cpu", "reference")
+STATISTICS = {"kl": 4, "cosine": 2}  # numbers a row from which backward makes the gradient again
 
 
 def kl_divergence_loss(
@@ -41,8 +51,11 @@ def kl_divergence_loss(
     """
     check_above("temperature", temperature, 0)
     _check_rows(student_logits, teacher_logits, sample_weight, "_logits")
-    choose_backend("kl_divergence_loss", (student_logits, teacher_logits), OFFERS)
+    backend = choose_backend("kl_divergence_loss", (student_logits, teacher_logits), OFFERS)
     with torch.autocast(student_logits.device.type, enabled=False):
+        if backend != "reference":
+            losses, _ = _row_losses(student_logits, teacher_logits, sample_weight, "kl", float(temperature), backend)
+            return weighted_mean(losses, sample_weight) * temperature**2
         return kl_divergence_loss_reference(
             student_logits, teacher_logits, temperature=temperature, sample_weight=sample_weight
         )
@@ -69,8 +82,11 @@ def cosine_distance_loss(
     """
     check_at_least("eps", eps, 0)
     _check_rows(student, teacher, sample_weight, "")
-    choose_backend("cosine_distance_loss", (student, teacher), OFFERS)
+    backend = choose_backend("cosine_distance_loss", (student, teacher), OFFERS)
     with torch.autocast(student.device.type, enabled=False):
+        if backend != "reference":
+            losses, _ = _row_losses(student, teacher, sample_weight, "cosine", float(eps), backend)
+            return weighted_mean(losses, sample_weight)
         return cosine_distance_loss_reference(student, teacher, sample_weight=sample_weight, eps=eps)
 
 
@@ -79,3 +95,100 @@ def _check_rows(student: Tensor, teacher: Tensor, sample_weight: Tensor | None, 
     if student.dim() < 1 or student.numel() == 0:
         raise ValueError(f"student{suffix} must have at least one row, got shape {tuple(student.shape)}")
     check_sample_weight(sample_weight, student.shape[:-1], student)
+
+
+@torch.library.custom_op("sdp_kernels::row_losses", mutates_args=())
+def _row_losses(
+    student: Tensor, teacher: Tensor, sample_weight: Tensor | None, kind: str, option: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row, 0 for rows left out, and what its gradient is made from.
+
+    `kind` is "kl", whose `option` is the temperature (by the square of which the losses are not multiplied yet), or
+    "cosine", whose `option` is eps.
+    """
+    if backend == "triton":
+        from sdp_kernels.distillation.kernel import row_losses
+    else:
+        from sdp_kernels.distillation.cpu import row_losses
+
+    return row_losses(student, teacher, sample_weight, kind, option)
+
+
+@_row_losses.register_fake
+def _(
+    student: Tensor, teacher: Tensor, sample_weight: Tensor | None, kind: str, option: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(student, teacher)
+    losses = student.new_empty(student.shape[:-1], dtype=dtype)
+    return losses, student.new_empty((losses.numel(), STATISTICS[kind]), dtype=dtype)
+
+
+@torch.library.custom_op("sdp_kernels::row_losses_backward", mutates_args=())
+def _row_losses_backward(
+    scale: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    sample_weight: Tensor | None,
+    losses: Tensor,
+    statistics: Tensor,
+    kind: str,
+    option: float,
+    backend: str,
+    student_gradient: bool,
+    teacher_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients asked for (the others empty) in the dtypes of their inputs; `scale` is that of each row's loss."""
+    if backend == "triton":
+        from sdp_kernels.distillation.kernel import row_gradients
+    else:
+        from sdp_kernels.distillation.cpu import row_gradients
+
+    return row_gradients(
+        scale,
+        student,
+        teacher,
+        sample_weight,
+        losses,
+        statistics,
+        kind,
+        option,
+        student_gradient,
+        teacher_gradient,
+    )
+
+
+@_row_losses_backward.register_fake
+def _(
+    scale: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    sample_weight: Tensor | None,
+    losses: Tensor,
+    statistics: Tensor,
+    kind: str,
+    option: float,
+    backend: str,
+    student_gradient: bool,
+    teacher_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        student.new_empty(student.shape if student_gradient else (0,)),
+        teacher.new_empty(teacher.shape if teacher_gradient else (0,)),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, sample_weight, *ctx.options = inputs
+    ctx.save_for_backward(student, teacher, sample_weight, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, scale: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if scale is None:  # the losses reach nothing that is differentiated
+        return (None,) * 6
+    wanted = ctx.needs_input_grad[:2]
+    gradients = _row_losses_backward(scale, *ctx.saved_tensors, *ctx.options, *wanted)
+    return (*(each if needed else None for each, needed in zip(gradients, wanted, strict=True)), *[None] * 4)
+
+
+_row_losses.register_autograd(_gradients, setup_context=_save)

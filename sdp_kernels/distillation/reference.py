@@ -1,4 +1,4 @@
-"""Distillation losses over rows, in plain torch; also what runs, since autograd needs nothing else here."""
+"""Distillation losses over rows, in plain torch."""
 
 import torch
 from torch import Tensor
