@@ -112,10 +112,11 @@ def reasons_against(config: KernelConfig, capability: int, resources: Resources)
 def label(config: KernelConfig) -> str:
     """The kernel, the types of its pointers, its constants and warps, in short."""
     function = config.kernel.fn
+    kernel = f"{function.__module__.removeprefix('sdp_kernels.')}.{function.__name__}"
     names = config.kernel.arg_names
     kinds = dict.fromkeys(config.types[name] for name in names if config.types.get(name, "").startswith("*"))
     constants = " ".join(f"{name}={value}" for name, value in config.constants.items())
-    return f"{function.__module__.removeprefix('sdp_kernels.')}.{function.__name__} {','.join(kinds)} {constants} warps={config.num_warps}"
+    return f"{kernel} {','.join(kinds)} {constants} warps={config.num_warps}"
 
 
 @cache

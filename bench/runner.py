@@ -133,6 +133,8 @@ def run_case(grid: Grid, case: Case, machine: Machine, settings: Settings) -> li
     torch.set_float32_matmul_precision(MATMUL_PRECISIONS[case.dtype])
     try:
         return _gate_and_measure(grid, case, machine, settings)
+    except torch.OutOfMemoryError as error:
+        return _skipped(str(error).splitlines()[0])
     finally:
         torch.set_float32_matmul_precision("highest")
         gc.collect()

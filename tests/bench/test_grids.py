@@ -1,0 +1,63 @@
+"""The grids that ship: their baselines compute what the op does."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.grid import Grid
+from bench.grids import GRIDS
+from bench.grids.cross_correlation import load_lightly
+from bench.runner import Step, reference_results, relative_errors, require_gradients
+
+LIGHTLY = """
+import torch
+class BarlowTwinsLoss(torch.nn.Module):
+    def __init__(self, lambda_param):
+        super().__init__()
+        self.weight = lambda_param
+    def forward(self, a, b):
+        return self.weight * (a - b).sum()
+"""
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_contenders_agree_with_the_reference(grid: Grid) -> None:
+    shape = min(grid.shapes, key=lambda shape: torch.Size(shape).numel())
+    inputs = grid.inputs(shape, torch.float32, torch.device("cpu"))
+    truth = reference_results(grid, inputs, torch.float64)
+    leaves = require_gradients(grid, inputs)
+    contenders = grid.contenders()
+    assert {"ours", "eager", "compile"} <= contenders.keys()
+    for name, contender in contenders.items():
+        if name != "compile":  # the function of "eager"
+            errors = relative_errors(Step(contender(inputs), leaves)(), truth)
+            assert len(errors) == 2, name
+            assert max(errors) < (1e-4 if name == "lightly" else 1e-5), name
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_each_case_comes_once_and_telling_ones_first(grid: Grid) -> None:
+    for device_type in ("cpu", "cuda"):
+        cases = list(grid.cases(device_type))
+        assert len({(case.shape, case.dtype) for case in cases}) == len(grid.shapes) * len(grid.dtypes[device_type])
+        assert min(cases, key=lambda case: case.priority).shape == grid.shapes[0]
+    for shape in grid.shapes:
+        assert min(grid.bound(shape, 4)[:2]) > 0
+        assert grid.heaviest(shape).flops >= grid.bound(shape, 4).flops
+
+
+def test_lightly_is_used_without_what_its_package_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "lightly" / "loss"
+    folder.mkdir(parents=True)
+    (tmp_path / "lightly" / "__init__.py").write_text("")
+    (folder / "__init__.py").write_text("import a_package_that_is_not_installed")
+    (folder / "barlow_twins_loss.py").write_text(LIGHTLY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "lightly", raising=False)
+    loss = load_lightly()
+    assert loss is not None
+    assert float(loss(torch.ones(2, 3), torch.zeros(2, 3))) == pytest.approx(6 * 5e-3)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert load_lightly() is None

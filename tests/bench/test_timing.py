@@ -1,0 +1,51 @@
+"""Memory as it is counted, on tensors of known size."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.grids.cross_correlation import eager
+from bench.runner import Step
+from bench.timing import measure, peak_mib
+from sdp_kernels import cross_correlation_loss
+
+CPU = torch.device("cpu")
+MIB = 2**18  # float32 in a MiB
+
+
+@pytest.fixture(autouse=True)
+def _quiet_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "6")
+
+
+def test_peak_is_what_lives_at_once() -> None:
+    def one_after_another() -> None:
+        for _ in range(3):
+            torch.ones(MIB)
+
+    def together() -> list[Tensor]:
+        return [torch.ones(MIB) for _ in range(3)]
+
+    assert peak_mib(one_after_another, CPU) == pytest.approx(1, rel=0.01)
+    assert peak_mib(together, CPU) == pytest.approx(3, rel=0.01)
+
+
+def test_the_published_loss_holds_matrices_that_ours_does_not() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(32, 1024, requires_grad=True), torch.randn(32, 1024)
+
+    def peak(loss: Callable[..., Tensor]) -> float:
+        return peak_mib(Step(partial(loss, student, teacher), [student]), CPU)
+
+    matrix = 1024 * 1024 / MIB
+    assert 4 * matrix <= peak(eager) < 5 * matrix
+    assert peak(cross_correlation_loss) < matrix / 2
+
+
+def test_contenders_take_turns() -> None:
+    turns = []
+    measure({name: partial(turns.append, name) for name in "abc"}, CPU, seconds=0.0)
+    assert "".join(turns) == 6 * "abc"
