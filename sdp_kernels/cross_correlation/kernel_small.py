@@ -8,6 +8,7 @@ summed from one part a program.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -72,6 +73,8 @@ def loss_and_gradients(
         columns,
         gram_parts,
         gram,
+        loss_parts,
+        done,
         batch,
         dim,
         triton.cdiv(strips, parts),
@@ -81,7 +84,7 @@ def loss_and_gradients(
         **shared,
     )
     entries = sides * block_batch * block_batch
-    _gram_kernel[(entries // GRAM_BLOCK,)](gram_parts, gram, done, parts, entries, BLOCK=GRAM_BLOCK)
+    _gram_kernel[(entries // GRAM_BLOCK,)](gram_parts, gram, parts, entries, BLOCK=GRAM_BLOCK)
     _gradient_kernel[(strips, sides)](
         student,
         teacher,
@@ -98,7 +101,7 @@ def loss_and_gradients(
         options.weight,
         STUDENT=options.student_gradient,
         TEACHER=options.teacher_gradient,
-        BLOCK_INNER=min(block_batch, BLOCK_INNER),
+        BLOCK_INNER=BLOCK_INNER,
         **shared,
     )
     return loss, student_result, teacher_result
@@ -117,6 +120,8 @@ def _normalise_kernel(
     columns,  # (5, dim) float32: mean and inverse norm of student, of teacher; diagonal
     gram_parts,  # (parts, sides, BLOCK_BATCH, BLOCK_BATCH) float32
     gram,  # its dtype is that of the products
+    loss_parts,  # zeroed for `_gradient_kernel`
+    done,  # zeroed too
     batch,
     dim,
     strips,  # a program
@@ -150,8 +155,10 @@ def _normalise_kernel(
         tl.store(columns + 2 * dim + column, teacher_mean, mask=inside)
         tl.store(columns + 3 * dim + column, teacher_inverse, mask=inside)
         tl.store(columns + 4 * dim + column, tl.sum(s * t, 0), mask=inside)
+        tl.store(loss_parts + strip, 0.0, mask=(strip * BLOCK_DIM < dim) & (side == 0))
         unit = tl.where(side == 0, t, s).to(gram.dtype.element_ty)
         product = tl.dot(unit, tl.trans(unit), product, input_precision=PRECISION)
+    tl.store(done, 0, mask=(part == 0) & (side == 0))
     out = gram_parts + (part * tl.num_programs(1) + side) * BLOCK_BATCH * BLOCK_BATCH
     tl.store(out + row[:, None] * BLOCK_BATCH + row[None, :], product)
 
@@ -160,7 +167,6 @@ def _normalise_kernel(
 def _gram_kernel(
     gram_parts,  # (parts, entries) float32
     gram,  # (entries,)
-    done,  # one int32, set to 0 for the next kernel
     parts,
     entries,
     BLOCK: tl.constexpr,
@@ -170,8 +176,6 @@ def _gram_kernel(
     for part in range(0, parts):
         total += tl.load(gram_parts + part * entries + entry)
     tl.store(gram + entry, total.to(gram.dtype.element_ty))
-    if tl.program_id(0) == 0:
-        tl.store(done, 0)
 
 
 @triton.jit
@@ -231,14 +235,17 @@ def _gradient_kernel(
         if STUDENT:
             store_tile(student_gradient, result, row, column, batch, dim)
         part = deviation * deviation + weight * (tl.sum(left * product, 0) - diagonal * diagonal)
-        tl.store(loss_parts + tl.program_id(0), tl.sum(tl.where(inside, part, 0.0)))
-        tl.debug_barrier()  # all threads have stored before one of them says so
+        # The last program to come here sums all parts, in their order. Programs of one launch see each other's
+        # writes only through atomic operations.
+        tl.atomic_add(loss_parts + tl.program_id(0), tl.sum(tl.where(inside, part, 0.0)))
+        tl.debug_barrier()
         programs = tl.num_programs(0)
         if tl.atomic_add(done, 1, sem="acq_rel") == programs - 1:
             index = tl.arange(0, 256)
             total = tl.zeros((256,), tl.float32)
-            for start in range(0, programs, 256):  # in the same order whichever program is the last
-                total += tl.load(loss_parts + start + index, mask=start + index < programs, other=0.0, volatile=True)
+            for start in range(0, programs, 256):
+                exists = start + index < programs
+                total += tl.where(exists, tl.atomic_add(loss_parts + start + index, 0.0, mask=exists), 0.0)
             tl.store(loss, tl.sum(total))
 
 
@@ -249,11 +256,11 @@ def configurations() -> Iterator[KernelConfig]:
         for block_batch in (16, 32, 64, 128):
             for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
                 for wide in (True, False):
-                    flags = {"RESIDUAL": wide, "HAS_WEIGHT": wide, "PRECISION": precision}
+                    flags: dict[str, Any] = {"RESIDUAL": wide, "HAS_WEIGHT": wide, "PRECISION": precision}
                     flags |= {"BLOCK_BATCH": block_batch, "BLOCK_DIM": BLOCK_DIM}
-                    matrix_unit = dtype != torch.float32 or precision == "tf32"
-                    matrix = {"num_warps": warps(block_batch), "tensor_cores": matrix_unit}
-                    yield KernelConfig(_normalise_kernel, types, {"CENTER": True, **flags}, **matrix)
-                    flags["BLOCK_INNER"] = min(block_batch, BLOCK_INNER)
-                    yield KernelConfig(_gradient_kernel, types, {"STUDENT": True, "TEACHER": wide, **flags}, **matrix)
+                    matrix = dtype != torch.float32 or precision == "tf32"
+                    normalise = {"CENTER": True, **flags}
+                    gradient = {"STUDENT": True, "TEACHER": wide, "BLOCK_INNER": BLOCK_INNER, **flags}
+                    yield KernelConfig(_normalise_kernel, types, normalise, warps(block_batch), tensor_cores=matrix)
+                    yield KernelConfig(_gradient_kernel, types, gradient, warps(block_batch), tensor_cores=matrix)
         yield KernelConfig(_gram_kernel, types, {"BLOCK": GRAM_BLOCK})

@@ -24,6 +24,14 @@ def triton_backend() -> str:
     return "triton"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that runs a kernel, for the executor; see tests/README.md."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "triton_backend" in getattr(item, "fixturenames", ()) or parameters.get("backend") == "triton":
+            item.add_marker("kernels")
+
+
 @pytest.fixture
 def nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN, so whatever is read before it is written shows."""

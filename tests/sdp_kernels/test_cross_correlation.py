@@ -260,14 +260,80 @@ def test_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(compiled(student, teacher), cross_correlation_loss(student, teacher))
 
 
-def test_kernel_walks_over_many_rows(triton_backend: str) -> None:
-    student, teacher = features(130, 20)
-    weight = torch.rand(130)
-    expected = value_and_gradients(student, teacher, sample_weight=weight)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        pytest.param((130, 20), "matrix", id="rows in chunks"),
+        pytest.param((40, 70), "matrix", id="columns in strips"),
+        pytest.param((140, 290), "gram", id="Gram form of many rows"),
+        pytest.param((5, 2100), "gram", id="few rows, several strips a program"),
+        pytest.param((70, 30), "gram", id="Gram form where it is not the choice"),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kernels_walk_over_any_shape(
+    shape: tuple[int, int], form: str, target: str, weighted: bool, triton_backend: str, device: torch.device
+) -> None:
+    student, teacher = (value.to(device) for value in features(*shape))
+    options: dict[str, Any] = {"form": form, "target": target, "off_diagonal_weight": 0.1}
+    if weighted:
+        options["sample_weight"] = torch.rand(shape[0], device=device)
+    expected = value_and_gradients(student.double(), teacher.double(), **options)
     with use_backend(triton_backend):
-        got = value_and_gradients(student, teacher, sample_weight=weight)
+        got = value_and_gradients(student, teacher, **options)
+        alone = cross_correlation_loss(student, teacher, **options)
     for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other)
+        assert (one.double() - other).norm() < 2e-6 * other.norm()
+    torch.testing.assert_close(alone, got[0], rtol=0, atol=0)
+
+
+def test_kernels_take_the_matrix_in_chunks(
+    triton_backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "MATRIX_CHUNK_ELEMENTS", 40 * 70)
+    student, teacher = (value.to(device) for value in features(40, 70))
+    expected = value_and_gradients(student.double(), teacher.double(), form="matrix")
+    with use_backend(triton_backend):
+        got = value_and_gradients(student, teacher, form="matrix")
+    for one, other in zip(got, expected, strict=True):
+        assert (one.double() - other).norm() < 2e-6 * other.norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_keeps_the_gradient_near_convergence(
+    form: str, triton_backend: str, device: torch.device
+) -> None:
+    """Only the products are rounded: what is left of the gradient there is a difference of nearly equal columns."""
+    teacher = torch.randn(20, 48, device=device).half()
+    student = (teacher + 0.03 * torch.randn(20, 48, device=device)).half()
+    options: dict[str, Any] = {"form": form, "off_diagonal_weight": 0.0}
+    _, expected, _ = value_and_gradients(student.double(), teacher.double(), **options)
+    student.requires_grad_()
+    with use_backend(triton_backend):
+        loss = cross_correlation_loss(student, teacher, **options) * 2**14  # as a loss scaler does
+    (got,) = torch.autograd.grad(loss, student)
+    assert (got.double() / 2**14 - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_take_few_launches(dtype: torch.dtype, device: torch.device) -> None:
+    student, teacher = (value.to(device, dtype) for value in features(128, 8192))
+    student.requires_grad_()
+
+    def launches(call: Any) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+
+    cross_correlation_loss(student, teacher).backward()  # compiles
+    losses = []
+    assert launches(lambda: losses.append(cross_correlation_loss(student, teacher))) <= 3
+    scale = torch.ones_like(losses[0])
+    assert launches(lambda: torch.autograd.grad(losses[0], student, scale)) <= 2
 
 
 @pytest.mark.parametrize(
