@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdp_kernels.checks import check_above, check_at_least, check_pair, check_sample_weight, compute_dtype
 from sdp_kernels.dispatch import choose_backend
+from sdp_kernels.distillation import cpu
 from sdp_kernels.distillation.reference import (
     cosine_distance_loss_reference,
     kl_divergence_loss_reference,
@@ -51,7 +52,7 @@ def kl_divergence_loss(
     """
     check_above("temperature", temperature, 0)
     _check_rows(student_logits, teacher_logits, sample_weight, "_logits")
-    backend = choose_backend("kl_divergence_loss", (student_logits, teacher_logits), OFFERS)
+    backend = choose_backend("kl_divergence_loss", (student_logits, teacher_logits), _offers(student_logits))
     with torch.autocast(student_logits.device.type, enabled=False):
         if backend != "reference":
             losses, _ = _row_losses(student_logits, teacher_logits, sample_weight, "kl", float(temperature), backend)
@@ -82,12 +83,17 @@ def cosine_distance_loss(
     """
     check_at_least("eps", eps, 0)
     _check_rows(student, teacher, sample_weight, "")
-    backend = choose_backend("cosine_distance_loss", (student, teacher), OFFERS)
+    backend = choose_backend("cosine_distance_loss", (student, teacher), _offers(student))
     with torch.autocast(student.device.type, enabled=False):
         if backend != "reference":
             losses, _ = _row_losses(student, teacher, sample_weight, "cosine", float(eps), backend)
             return weighted_mean(losses, sample_weight)
         return cosine_distance_loss_reference(student, teacher, sample_weight=sample_weight, eps=eps)
+
+
+def _offers(student: Tensor) -> tuple[str, ...]:
+    """What fits into one chunk of the CPU's implementation is sooner done by autograd."""
+    return OFFERS if student.numel() > cpu.CHUNK_ELEMENTS else ("triton", "reference")
 
 
 def _check_rows(student: Tensor, teacher: Tensor, sample_weight: Tensor | None, suffix: str) -> None:
@@ -110,7 +116,6 @@ def _row_losses(
         from sdp_kernels.distillation.kernel import row_losses
     else:
         from sdp_kernels.distillation.cpu import row_losses
-
     return row_losses(student, teacher, sample_weight, kind, option)
 
 
@@ -142,7 +147,6 @@ def _row_losses_backward(
         from sdp_kernels.distillation.kernel import row_gradients
     else:
         from sdp_kernels.distillation.cpu import row_gradients
-
     return row_gradients(
         scale,
         student,
