@@ -104,7 +104,8 @@ def test_cases_that_do_not_fit_are_skipped_with_a_reason(machine: Machine, setti
     assert run_case(large, CASE, machine, settings) == [{"contender": "ours", "skipped": "needs 2 GiB, 1 are there"}]
 
 
-def test_a_run_goes_on_where_it_stopped(machine: Machine, settings: Settings) -> None:
+def test_a_run_goes_on_where_it_stopped(machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.machine.code_hash", lambda root: "the same all the time")
     calls = []
 
     def counted(x: Tensor) -> Tensor:
@@ -124,9 +125,13 @@ def test_a_run_goes_on_where_it_stopped(machine: Machine, settings: Settings) ->
     rows = run(jobs, machine, settings)
     assert set(calls) == {(8, 3)}, "the case that is there must not run again"
     assert read_rows(path) == rows
+    calls.clear()
     run(jobs, machine, replace(settings, again=True))
     assert set(calls) == {(4, 3), (8, 3)}
     assert len(read_rows(path)) == 4
+    monkeypatch.setattr("bench.machine.code_hash", lambda root: "other sources")
+    run(jobs, machine, settings)
+    assert len(read_rows(path)) == 6
 
 
 def test_rows_say_where_they_come_from(machine: Machine, settings: Settings) -> None:
