@@ -1,9 +1,23 @@
-"""The block-sparse product on a CPU."""
+"""The block-sparse product on a CPU: by the compiled engine if numba is installed, otherwise in plain torch."""
 
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+
+import torch
 from torch import Tensor
 
 from sdp_kernels.block_sparse_linear.gathered import rows_product
-from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS
+from sdp_kernels.dispatch import KERNEL_DTYPES
+
+CHUNK_ELEMENTS = 2**19  # of the output, converted or activated at a time: it stays in the cache
+
+ACTIVATE_: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_tanh": functools.partial(torch.ops.aten.gelu_, approximate="tanh"),
+    "silu": torch.ops.aten.silu_,
+}
 
 
 def product(
@@ -16,8 +30,63 @@ def product(
     out_features: int,
     activation: str | None,
 ) -> Tensor:
-    """(tokens, in) -> (tokens, out_features), see `gathered.rows_product`; then bias and activation."""
-    output = rows_product(input, values, offsets, neighbours, positions, out_features)
+    """The input times the transposed matrix of blocks, plus the bias, activated.
+
+    Args:
+        input: (tokens, in).
+        values: (blocks, out side, in side); a transposed view for the transposed matrix.
+        bias: (out_features,) or None.
+        offsets: (rows of blocks + 1,) where each begins in the lists below.
+        neighbours: (blocks,) the block column of each block.
+        positions: (blocks,) its place in `values`, or None where that is the order already.
+        out_features: columns of the result; fewer than the rows of blocks hold if these are padded.
+        activation: key of `ACTIVATE_`, or None.
+
+    Returns:
+        (tokens, out_features), of the dtype of the input.
+    """
+    if input.dtype in KERNEL_DTYPES and _numba_installed():
+        return _compiled_product(input, values, bias, offsets, neighbours, positions, out_features, activation)
+    output = rows_product(input, values, offsets, neighbours, positions, out_features).contiguous()
     if bias is not None:
-        output = output + bias
-    return ACTIVATIONS[activation](output).contiguous()
+        output += bias
+    return output if activation is None else ACTIVATE_[activation](output)
+
+
+@functools.cache
+def _numba_installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _compiled_product(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    neighbours: Tensor,
+    positions: Tensor | None,
+    out_features: int,
+    activation: str | None,
+) -> Tensor:
+    from sdp_kernels.block_sparse_linear.engine import Engine
+
+    if positions is None:
+        positions = torch.arange(neighbours.numel(), dtype=torch.int32)
+    transposed = not values.is_contiguous() and values.transpose(1, 2).is_contiguous()
+    stored = values.transpose(1, 2) if transposed else values
+    indices = (each.numpy() for each in (offsets, neighbours, positions))
+    engine = Engine(stored.detach().float().contiguous().numpy(), *indices, transposed, torch.get_num_threads())
+    bias = input.new_zeros(out_features) if bias is None else bias
+    shift = bias.detach().float().contiguous().numpy()
+
+    output = input.new_empty(input.shape[0], out_features)
+    as_it_is = input.dtype == torch.float32 and activation is None
+    tokens = max(1, input.shape[0]) if as_it_is else max(1, CHUNK_ELEMENTS // out_features)
+    for rows, result in zip(input.detach().split(tokens), output.split(tokens), strict=True):
+        wide = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
+        engine.multiply(rows.float().contiguous().numpy(), shift, wide.numpy())
+        if activation is not None:
+            ACTIVATE_[activation](wide)
+        if wide is not result:
+            result.copy_(wide)
+    return output
