@@ -1,7 +1,10 @@
-"""Aligned weight regularizer: keep the rows of pruned weights pointing where the unpruned ones do."""
+"""Aligned weight regularizer: keep the rows of pruned weights pointing where the unpruned ones do.
+
+Public function, checks, autograd, registration.
+"""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from sdp_kernels.dispatch import choose_backend
 from sdp_kernels.masked_linear.bitmask import BitMask
 from sdp_kernels.masked_linear.op import check_mask
 
-OFFERS = ("reference",)
+OFFERS = ("triton", "reference")
 
 
 def aligned_weight_loss(
@@ -59,6 +62,102 @@ def aligned_weight_loss(
             raise ValueError(f"weights[{index}] must have entries, got shape {tuple(weight.shape)}")
         if masks is not None:
             check_mask(f"masks[{index}]", masks[index], weight)
-    choose_backend("aligned_weight_loss", [*weights, *references], OFFERS)
+    keep = _as_tensors(masks)
+    against_triton = _against_triton(weights, references, keep)
+    backend = choose_backend("aligned_weight_loss", [*weights, *references], OFFERS, against_triton)
+    if backend == "triton":
+        loss: Tensor = _aligned_weights(weights, references, keep, kind == "cosine", float(eps))[0]
+        return loss
     with torch.autocast(weights[0].device.type, enabled=False):
         return aligned_weight_loss_reference(weights, references, kind=kind, masks=masks, eps=eps)
+
+
+def _as_tensors(masks: Sequence[Tensor | BitMask] | None) -> list[Tensor]:
+    """The words of packed masks, or bool tensors if the list is mixed; empty without masks."""
+    if masks is None:
+        return []
+    if all(isinstance(mask, BitMask) for mask in masks):
+        return [mask.words for mask in masks if isinstance(mask, BitMask)]
+    return [mask.to_bool() if isinstance(mask, BitMask) else mask for mask in masks]
+
+
+def _against_triton(weights: Sequence[Tensor], references: Sequence[Tensor], masks: Sequence[Tensor]) -> list[str]:
+    """What the kernels do not do: one launch reads all layers in the same way and gives gradients to weights only."""
+    reasons = []
+    if torch.is_grad_enabled() and any(reference.requires_grad for reference in references):
+        reasons.append("a reference asks for a gradient")
+    if len({weight.device for weight in weights}) > 1:
+        reasons.append("the layers are on several devices")
+    for name, tensors in (("weights", weights), ("references", references), ("masks", masks)):
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1:
+            reasons.append(f"{name} have several dtypes, {sorted(map(str, dtypes))}")
+        if any(tensor.shape[1] > 1 and tensor.stride(1) != 1 for tensor in tensors):
+            reasons.append(f"{name} have rows whose entries lie apart")
+    return reasons
+
+
+@torch.library.custom_op("sdp_kernels::aligned_weights", mutates_args=())
+def _aligned_weights(
+    weights: Sequence[Tensor], references: Sequence[Tensor], masks: Sequence[Tensor], cosine: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The loss, and what its gradient is made from; `masks` is empty, all bool, or all words of a `BitMask`."""
+    from sdp_kernels.alignment.kernel import aligned_weights
+
+    return aligned_weights(weights, references, masks, cosine, eps)
+
+
+@_aligned_weights.register_fake
+def _(
+    weights: Sequence[Tensor], references: Sequence[Tensor], masks: Sequence[Tensor], cosine: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    saved = (sum(weight.shape[0] for weight in weights), 2) if cosine else (len(weights),)
+    return weights[0].new_empty((), dtype=torch.float32), weights[0].new_empty(saved, dtype=torch.float32)
+
+
+@torch.library.custom_op("sdp_kernels::aligned_weights_backward", mutates_args=())
+def _aligned_weights_backward(
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    references: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    saved: Tensor,
+    cosine: bool,
+) -> Tensor:
+    """The gradients of all weights, one after the other, in the dtype of the weights."""
+    from sdp_kernels.alignment.kernel import weight_gradients
+
+    return weight_gradients(scale, weights, references, masks, saved, cosine)
+
+
+@_aligned_weights_backward.register_fake
+def _(
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    references: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    saved: Tensor,
+    cosine: bool,
+) -> Tensor:
+    return weights[0].new_empty(sum(weight.numel() for weight in weights))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weights, references, masks, ctx.cosine, _ = inputs
+    ctx.save_for_backward(*weights, *references, *masks, output[1])
+    ctx.layers = len(weights)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, scale: Tensor | None, _: None) -> tuple[list[Tensor] | list[None] | None, ...]:
+    *layers, saved = ctx.saved_tensors
+    weights, references, masks = layers[: ctx.layers], layers[ctx.layers : 2 * ctx.layers], layers[2 * ctx.layers :]
+    none = [None] * len(references), [None] * len(masks), None, None
+    if scale is None:  # the loss reaches nothing that is differentiated
+        return [None] * len(weights), *none
+    flat = _aligned_weights_backward(scale, weights, references, masks, saved, ctx.cosine)
+    parts = flat.split([weight.numel() for weight in weights])
+    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)], *none
+
+
+_aligned_weights.register_autograd(_gradients, setup_context=_save)

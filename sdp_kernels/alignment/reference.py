@@ -1,4 +1,4 @@
-"""The aligned weight loss in plain torch; also what runs, since autograd needs nothing else here."""
+"""The aligned weight loss in plain torch; also what runs on a CPU, since autograd needs nothing else here."""
 
 from collections.abc import Sequence
 from typing import Literal

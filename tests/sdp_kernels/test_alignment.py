@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdp_kernels import BitMask, aligned_weight_loss
+from sdp_kernels import BitMask, aligned_weight_loss, use_backend
+from sdp_kernels.spec import DEFAULT_FLOORS
 
 
 def layers(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
@@ -94,3 +95,196 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     arguments: dict[str, Any] = {"weights": [torch.ones(2, 3)] * 2, "references": [torch.ones(2, 3)] * 2}
     with pytest.raises(error, match=message):
         aligned_weight_loss(**(arguments | change))
+
+
+SHAPES = ((4, 6), (1, 1), (9, 600), (2, 1), (5, 64), (1, 1100), (7, 32), (13, 17))
+
+
+def value_and_gradients(weights: list[Tensor], references: list[Tensor], **options: Any) -> list[Tensor]:
+    weights = [weight.detach().requires_grad_() for weight in weights]
+    loss = aligned_weight_loss(weights, references, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, weights)]
+
+
+def assert_kernels_right(weights: list[Tensor], references: list[Tensor], **options: Any) -> None:
+    """Value and gradients, each as the contract of all ops judges them: by what eager torch loses in this dtype."""
+    with use_backend("triton"):
+        got = value_and_gradients(weights, references, **options)
+    with use_backend("reference"):
+        eager = value_and_gradients(weights, references, **options)
+        double = [each.double() for each in weights], [each.double() for each in references]
+        truth = value_and_gradients(*double, **options)
+    for one, plain, expected in zip(got, eager, truth, strict=True):
+        assert one.dtype == plain.dtype
+        assert one.shape == expected.shape
+        allowed = 2 * (plain - expected).abs().max() + DEFAULT_FLOORS[weights[0].dtype] * expected.abs().max()
+        assert (one - expected).abs().max() <= allowed
+
+
+def many_layers(weight: torch.dtype, reference: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    references = [torch.randn(shape).to(reference) for shape in SHAPES]
+    weights = [(each.float() + 0.3 * torch.randn(each.shape)).to(weight) for each in references]
+    return weights, references
+
+
+def make_masks(form: str, weights: list[Tensor]) -> list[Any] | None:
+    if form == "none":
+        return None
+    keep = [torch.rand(weight.shape) < 0.5 for weight in weights]
+    return [
+        BitMask.from_bool(each) if form == "packed" or (form == "mixed" and index % 2) else each
+        for index, each in enumerate(keep)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "frobenius"])
+@pytest.mark.parametrize("masks", ["none", "bool", "packed", "mixed"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)],
+    ids=["fp32", "fp32-bf16", "fp16-fp32"],
+)
+@pytest.mark.usefixtures("nan_filled_memory", "triton_backend")
+def test_kernels_take_all_layers_at_once(
+    kind: Any, masks: str, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> None:
+    weights, references = (list(each) for each in many_layers(*dtypes))
+    keep = make_masks(masks, weights)
+    if keep is not None:
+        for weight, mask in zip(weights, keep, strict=True):
+            weight[~(mask.to_bool() if isinstance(mask, BitMask) else mask)] = torch.nan
+        keep = [mask.to(device) for mask in keep]
+    assert_kernels_right(
+        [each.to(device) for each in weights], [each.to(device) for each in references], kind=kind, masks=keep
+    )
+
+
+@pytest.mark.parametrize("kind", ["cosine", "frobenius"])
+@pytest.mark.usefixtures("triton_backend")
+def test_kernels_read_aligned_rows_and_views(kind: Any, device: torch.device) -> None:
+    """All rows in multiples of 16, once in memory of their own and once as parts of wider rows."""
+    references = [torch.randn(5, 48, device=device), torch.randn(3, 544, device=device)]
+    weights = [each + 0.3 * torch.randn_like(each) for each in references]
+    masks = [torch.rand(each.shape, device=device) < 0.5 for each in weights]
+    assert_kernels_right(weights, references, kind=kind, masks=masks)
+    views = [[each[1:, 16:-16] for each in tensors] for tensors in (weights, references, masks)]
+    assert_kernels_right(views[0], views[1], kind=kind, masks=views[2])
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_kernels_sum_a_layer_of_many_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdp_kernels.alignment import kernel
+
+    monkeypatch.setattr(kernel, "BLOCK_PARTS", 4)
+    references = [torch.randn(70, 3, device=device), torch.randn(2, 3, device=device)]
+    assert_kernels_right([each + 0.3 * torch.randn_like(each) for each in references], references)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "frobenius"])
+@pytest.mark.usefixtures("triton_backend")
+def test_memory_used_again_is_read_with_its_new_shape(kind: Any, device: torch.device) -> None:
+    """The same addresses come back with other shapes, then with the first ones."""
+    weight, reference = torch.randn(2, 24, device=device)
+    for shape in ((4, 6), (6, 4), (2, 12), (3, 5), (4, 6)):
+        size = shape[0] * shape[1]
+        pair = [weight[:size].view(shape)], [reference[:size].view(shape)]
+        assert_kernels_right(*pair, kind=kind)
+        assert_kernels_right(*pair, kind=kind, masks=[torch.rand(shape, device=device) < 0.5])
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_tables_are_kept_while_the_layers_stay_where_they_are(device: torch.device) -> None:
+    from sdp_kernels.alignment import kernel
+
+    kernel._layers.cache_clear()
+    weights, references = ([each.to(device) for each in tensors] for tensors in layers(torch.float32))
+    with use_backend("triton"):
+        for _ in range(3):
+            value_and_gradients(weights, references)
+    assert kernel._layers.cache_info().misses == 1
+    assert kernel._layers.cache_info().maxsize < 100
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_a_weight_may_occur_twice_and_need_no_gradient(device: torch.device) -> None:
+    weights, references = ([each.to(device) for each in tensors] for tensors in layers(torch.float32))
+    weights[0].requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        loss = aligned_weight_loss([*weights, weights[0]], [*references, references[0]])
+        return torch.autograd.grad(3 * loss, weights[0])
+
+    with use_backend("triton"):
+        got = gradients()
+    torch.testing.assert_close(got, gradients())
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_reasons_against_the_kernels() -> None:
+    weights, references = layers(torch.float32)
+    other = [references[0].half(), references[1]]
+    asking = [references[0].clone().requires_grad_(), references[1]]
+    apart = [references[0].T.contiguous().T, references[1]]
+    with use_backend("triton"):
+        for changed, reason in (
+            (other, r"references have several dtypes, \['torch.float16', 'torch.float32'\]"),
+            (asking, "a reference asks for a gradient"),
+            (apart, "references have rows whose entries lie apart"),
+            ([each.double() for each in references], "dtype torch.float64 is none of"),
+        ):
+            with pytest.raises(NotImplementedError, match=reason):
+                aligned_weight_loss(weights, changed)
+        with pytest.raises(NotImplementedError, match="weights have several dtypes"):
+            aligned_weight_loss(other, references)
+        with torch.no_grad():
+            aligned_weight_loss(weights, asking)
+
+
+def test_gradcheck_of_references() -> None:
+    weights, references = layers()
+    masks = [torch.rand(each.shape) < 0.5 for each in weights]
+    for kind in ("cosine", "frobenius"):
+        assert torch.autograd.gradcheck(
+            lambda *values, kind=kind: aligned_weight_loss(weights, values, kind=kind, masks=masks),
+            [each.requires_grad_() for each in references],
+        )
+
+
+@pytest.mark.parametrize("masks", ["none", "bool", "packed"])
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.usefixtures("triton_backend")
+def test_operators_are_registered_rightly(masks: str, cosine: bool) -> None:
+    weights, references = layers(torch.float32)
+    made = make_masks(masks, weights) or []
+    keep = [mask.words if isinstance(mask, BitMask) else mask for mask in made]
+    leaves = [weight.clone().requires_grad_() for weight in weights]
+    torch.library.opcheck(torch.ops.sdp_kernels.aligned_weights, (leaves, references, keep, cosine, 1e-12))
+    loss, saved = torch.ops.sdp_kernels.aligned_weights(weights, references, keep, cosine, 1e-12)
+    arguments = (torch.ones_like(loss), weights, references, keep, saved, cosine)
+    torch.library.opcheck(torch.ops.sdp_kernels.aligned_weights_backward, arguments)
+
+
+@pytest.mark.parametrize("masks", ["none", "packed"])
+@pytest.mark.usefixtures("triton_backend")
+def test_kernels_compile_without_graph_breaks(masks: str) -> None:
+    weights, references = layers(torch.float32)
+    keep = make_masks(masks, weights)
+    compiled = torch.compile(aligned_weight_loss, fullgraph=True, backend="aot_eager")
+    results = []
+    with use_backend("triton"):
+        for call in (compiled, aligned_weight_loss):
+            leaves = [weight.clone().requires_grad_() for weight in weights]
+            loss = call(leaves, references, masks=keep)
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_double_backward_raises() -> None:
+    weights, references = layers(torch.float32)
+    weights[0].requires_grad_()
+    with use_backend("triton"):
+        loss = aligned_weight_loss(weights, references)
+    (gradient,) = torch.autograd.grad(loss, weights[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="aligned_weights_backward"):
+        gradient.sum().backward()
