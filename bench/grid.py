@@ -92,7 +92,7 @@ def elementwise_grid(spec: OpSpec, eager: Callable[..., Tensor]) -> Grid:
 
     return Grid(
         name=spec.name,
-        shapes=spec.bench_shapes,
+        shapes=tuple(sorted(spec.bench_shapes, key=math.prod, reverse=True)),
         inputs=spec.inputs,
         reference=partial(spec.reference, **options),
         contenders=lambda: {
@@ -103,4 +103,5 @@ def elementwise_grid(spec: OpSpec, eager: Callable[..., Tensor]) -> Grid:
         bound=lambda shape, itemsize: Work(spec.flops(shape), spec.bytes(shape, itemsize), 0),
         heaviest=heaviest,
         grad_args=spec.grad_args[:1],
+        dtypes={"cpu": ("fp32",), "cuda": ("bf16", "fp32")},  # TF32 is for products
     )

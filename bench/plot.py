@@ -43,7 +43,8 @@ def draw(rows: Sequence[Row]) -> Figure:
             chosen = [row for row in rows if row["dtype"] == dtype and row["contender"] == baseline]
             width = BAR / len(baselines)
             places = [shapes.index(tuple(row["shape"])) - BAR / 2 + (index + 0.5) * width for row in chosen]
-            panel.bar(places, [row["ratio_to_ours"] for row in chosen], width, label=baseline)
+            heights = [row["ratio_to_ours"] - 1 for row in chosen]
+            panel.bar(places, heights, width, bottom=1, label=baseline)
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_yscale("log")
         panel.set_ylabel(f"times as long as ours, {dtype}")
