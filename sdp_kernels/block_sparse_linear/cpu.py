@@ -70,19 +70,23 @@ def _compiled_product(
 ) -> Tensor:
     from sdp_kernels.block_sparse_linear.engine import Engine
 
-    if positions is None:
-        positions = torch.arange(neighbours.numel(), dtype=torch.int32)
     transposed = not values.is_contiguous() and values.transpose(1, 2).is_contiguous()
     stored = values.transpose(1, 2) if transposed else values
-    indices = (each.numpy() for each in (offsets, neighbours, positions))
-    engine = Engine(stored.detach().float().contiguous().numpy(), *indices, transposed, torch.get_num_threads())
+    engine = Engine(
+        stored.detach().float().contiguous().numpy(),
+        offsets.numpy(),
+        neighbours.numpy(),
+        None if positions is None else positions.numpy(),
+        transposed,
+        torch.get_num_threads(),
+    )
     bias = input.new_zeros(out_features) if bias is None else bias
     shift = bias.detach().float().contiguous().numpy()
 
     output = input.new_empty(input.shape[0], out_features)
     as_it_is = input.dtype == torch.float32 and activation is None
     tokens = max(1, input.shape[0]) if as_it_is else max(1, CHUNK_ELEMENTS // out_features)
-    for rows, result in zip(input.detach().split(tokens), output.split(tokens), strict=True):
+    for rows, result in zip(torch.split(input.detach(), tokens), torch.split(output, tokens), strict=True):
         wide = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
         engine.multiply(rows.float().contiguous().numpy(), shift, wide.numpy())
         if activation is not None:

@@ -6,7 +6,8 @@ scalar loops, so the inner loops are given to it in vector form. The blocks are 
 features innermost, the tokens of a tile copied next to each other; both are small beside the products.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped,import-not-found"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return,call-arg,attr-defined"
+# mypy: disable-error-code="import-untyped,import-not-found"
 
 import functools
 import threading
@@ -269,7 +270,7 @@ class Engine:
         values: (blocks, height, width) contiguous float32.
         offsets: (rows of blocks + 1,) int32, where each begins in the lists below.
         columns: (blocks,) int32, the block column of each block.
-        positions: (blocks,) int32, its place in `values`.
+        positions: (blocks,) int32, its place in `values`, or None where that is the order already.
         transposed: the blocks are multiplied transposed: width is their output side.
         threads: how many to run on; numba must have been started with as many.
     """
@@ -279,6 +280,8 @@ class Engine:
         self.threads = min(threads, numba.config.NUMBA_NUM_THREADS)
         self.offsets, self.columns = offsets, columns
         padded_height = -(-self.height // LANES) * LANES
+        if positions is None:
+            positions = np.arange(len(columns), dtype=np.int32)
         self.packed = np.empty((len(columns), self.width, padded_height), np.float32)
         self._run(_pack_blocks, values, positions, self.packed, transposed, self.threads)
 
@@ -288,7 +291,7 @@ class Engine:
         items = -(-len(input) // TILE)
         groups = 1 if self.threads == 1 else max(1, min(rows, ITEMS_PER_THREAD * self.threads // max(1, items)))
         work = self.offsets + np.arange(rows + 1)  # blocks before each row of blocks, and a little for the row itself
-        bounds = np.searchsorted(work, np.linspace(0, work[-1], groups + 1))
+        bounds = np.searchsorted(work, work[-1] * np.arange(groups + 1) // groups)
         columns = -(-input.shape[1] // self.width) * self.width
         tiles = np.zeros((self.threads, columns, TILE_ROWS), np.float32)
         shift = np.zeros(rows * self.height + 2 * LANES, np.float32)
@@ -298,6 +301,9 @@ class Engine:
     def _run(self, function, *args) -> None:
         with _lock:
             before = numba.get_num_threads()
+            if before == self.threads:
+                function(*args)
+                return
             numba.set_num_threads(self.threads)
             try:
                 function(*args)

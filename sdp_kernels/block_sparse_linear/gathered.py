@@ -25,16 +25,14 @@ def rows_product(
     _, height, width = values.shape
     tokens, in_features = input.shape
     grid = -(-in_features // width)
-    if grid * width != in_features:
-        input = torch.nn.functional.pad(input, (0, grid * width - in_features))
-    columns = input.view(tokens, grid, width)
+    columns = torch.nn.functional.pad(input, (0, grid * width - in_features)).reshape(tokens, grid, width)
     bounds = offsets.tolist()
     output = input.new_zeros(tokens, (len(bounds) - 1) * height)
     for row, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
         blocks = values[start:end] if positions is None else values[positions[start:end]]
-        gathered = columns[:, neighbours[start:end]].view(tokens, -1)
+        gathered = columns[:, neighbours[start:end]].reshape(tokens, (end - start) * width)
         kept = blocks.transpose(1, 2).reshape(-1, height)
         torch.mm(gathered, kept, out=output[:, row * height : (row + 1) * height])
     return output[:, :out_features]
@@ -60,12 +58,12 @@ def values_product(
     tokens, in_features = input.shape
     grid = -(-in_features // width)
     gradient = torch.nn.functional.pad(gradient, (0, (len(bounds) - 1) * height - gradient.shape[1]))
-    columns = torch.nn.functional.pad(input, (0, grid * width - in_features)).view(tokens, grid, width)
+    columns = torch.nn.functional.pad(input, (0, grid * width - in_features)).reshape(tokens, grid, width)
     result = gradient.new_zeros(neighbours.numel(), height, width)
     for row, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
-        gathered = columns[:, neighbours[start:end]].view(tokens, -1)
+        gathered = columns[:, neighbours[start:end]].reshape(tokens, (end - start) * width)
         product = gradient[:, row * height : (row + 1) * height].T @ gathered
         result[start:end] = product.view(height, end - start, width).transpose(0, 1)
     return result

@@ -1,7 +1,7 @@
 """BlockSparseMatrix: a weight of which only some blocks are kept."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class BlockSparseMatrix:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        if self.lists is None:
+        if cast(BlockLists | None, self.lists) is None:
             _check_indices(self.crow_indices, self.col_indices, self.grid[1])
             lists = BlockLists.from_indices(self.crow_indices, self.col_indices, self.grid[1])
             object.__setattr__(self, "lists", lists)
@@ -201,7 +201,8 @@ def _split_blocks(matrix: Tensor, block_shape: tuple[int, int]) -> Tensor:
     down, right = -matrix.shape[0] % height, -matrix.shape[1] % width
     if down or right:
         matrix = torch.nn.functional.pad(matrix, (0, right, 0, down))
-    return matrix.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
+    rows, columns = matrix.shape[0] // height, matrix.shape[1] // width
+    return matrix.reshape(rows, height, columns, width).transpose(1, 2)
 
 
 def _check_sizes(name: str, sizes: object) -> None:

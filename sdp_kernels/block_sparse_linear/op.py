@@ -1,5 +1,6 @@
 """Block-sparse linear map: public function, checks, autograd, registration."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -53,35 +54,33 @@ def block_sparse_linear(
             raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
 
     backend = choose_backend("block_sparse_linear", (input, values), OFFERS)
-    with torch.autocast(input.device.type, enabled=False):
-        if backend == "reference":
-            matrix = BlockSparseMatrix(
-                values, weight.crow_indices, weight.col_indices, weight.shape, weight.block_shape, weight.lists
-            )
+    if backend == "reference":
+        matrix = replace(weight, values=values)
+        with torch.autocast(input.device.type, enabled=False):
             return block_sparse_linear_reference(input, matrix, bias, activation=activation)
-        # The backward of an activation needs what came into it, which a fused one does not keep.
-        trains = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (input, values, bias) if tensor is not None
-        )
-        lists = weight.lists
-        output: Tensor = _block_sparse_linear(
-            input.reshape(-1, weight.shape[1]),
-            values,
-            bias,
-            weight.crow_indices,
-            weight.col_indices,
-            lists.block_rows,
-            lists.row_order,
-            lists.ccol_indices,
-            lists.row_indices,
-            lists.positions,
-            lists.column_order,
-            weight.shape[0],
-            None if trains else activation,
-            backend,
-        )
-        output = output.view(*input.shape[:-1], weight.shape[0])
-        return ACTIVATIONS[activation](output) if trains else output
+    # The backward of an activation needs what came into it, which a fused one does not keep.
+    trains = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (input, values, bias) if tensor is not None
+    )
+    lists = weight.lists
+    output: Tensor = _block_sparse_linear(
+        input.reshape(-1, weight.shape[1]),
+        values,
+        bias,
+        weight.crow_indices,
+        weight.col_indices,
+        lists.block_rows,
+        lists.row_order,
+        lists.ccol_indices,
+        lists.row_indices,
+        lists.positions,
+        lists.column_order,
+        weight.shape[0],
+        None if trains else activation,
+        backend,
+    )
+    output = output.view(*input.shape[:-1], weight.shape[0])
+    return ACTIVATIONS[activation](output) if trains else output
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:

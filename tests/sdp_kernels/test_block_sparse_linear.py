@@ -1,0 +1,287 @@
+"""What is special to the block-sparse linear map: blocks of every shape, engines, gradients, what it refuses."""
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sdp_kernels import BlockSparseMatrix, block_sparse_linear, use_backend
+from sdp_kernels.block_sparse_linear import cpu
+
+BLOCK_SHAPES = [(16, 16), (32, 32), (64, 64), (128, 128), (128, 32), (64, 32), (16, 64), (8, 24)]
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda output: output,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda output: F.gelu(output, approximate="tanh"),
+    "silu": F.silu,
+}
+ENGINES = ["engine", "gathered", "triton", "reference"]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to compute the product; the name of the backend that takes it."""
+    if request.param == "triton":
+        return str(request.getfixturevalue("triton_backend"))
+    if request.param == "engine" and importlib.util.find_spec("numba") is None:
+        pytest.skip("numba is not installed")
+    if request.param == "gathered":
+        monkeypatch.setattr(cpu, "_numba_installed", lambda: False)
+    return "reference" if request.param == "reference" else "cpu"
+
+
+def case(
+    tokens: int, shape: tuple[int, int], block_shape: tuple[int, int], density: float = 0.4
+) -> tuple[Tensor, BlockSparseMatrix, Tensor]:
+    rows, columns = (-(-size // side) for size, side in zip(shape, block_shape, strict=True))
+    kept = torch.rand(rows, columns) < density
+    mask = kept.repeat_interleave(block_shape[0], 0).repeat_interleave(block_shape[1], 1)[: shape[0], : shape[1]]
+    matrix = BlockSparseMatrix.from_dense(torch.randn(shape), block_shape, mask)
+    return torch.randn(tokens, shape[1]), matrix, torch.randn(shape[0])
+
+
+def assert_near(got: Tensor, expected: Tensor) -> None:
+    """Within rounding of float32, by the size of the largest result."""
+    assert got.shape == expected.shape
+    scale = max([1.0, *expected.detach().abs().flatten().tolist()])
+    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=1e-5 * scale)
+
+
+def assert_is_dense(input: Tensor, matrix: BlockSparseMatrix, bias: Tensor | None, backend: str) -> None:
+    """Result and gradients equal those of F.linear with the dense weight."""
+    bias_leaf = None if bias is None else bias.clone().requires_grad_()
+    leaves = [input.clone().requires_grad_(), matrix.values.clone().requires_grad_()]
+    dense = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    with use_backend(backend):
+        got = block_sparse_linear(leaves[0], replace(matrix, values=leaves[1]), bias_leaf)
+    double_bias = None if bias is None else bias.double().requires_grad_()
+    expected = F.linear(dense[0], replace(matrix, values=dense[1]).to_dense(), double_bias)
+    assert_near(got, expected)
+    assert got.is_contiguous()
+    cotangent = torch.randn(got.shape)
+    got.backward(cotangent)
+    expected.backward(cotangent.double())
+    for leaf, other in zip([*leaves, bias_leaf], [*dense, double_bias], strict=True):
+        if leaf is not None:
+            assert leaf.grad is not None
+            assert_near(leaf.grad, other.grad)
+
+
+@pytest.mark.parametrize("block_shape", BLOCK_SHAPES)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_equals_dense_for_blocks_that_fit(engine: str, block_shape: tuple[int, int]) -> None:
+    height, width = block_shape
+    assert_is_dense(*case(21, (2 * height, 3 * width), block_shape), engine)
+
+
+@pytest.mark.parametrize("block_shape", BLOCK_SHAPES)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_equals_dense_for_blocks_that_do_not_fit(engine: str, block_shape: tuple[int, int]) -> None:
+    height, width = block_shape
+    assert_is_dense(*case(5, (2 * height + 7, 2 * width - 5), block_shape, 0.7), engine)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 4, 9, 12, 13, 24, 67])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_any_number_of_tokens(engine: str, tokens: int) -> None:
+    assert_is_dense(*case(tokens, (96, 80), (32, 16)), engine)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        torch.zeros(3, 4, dtype=torch.bool),
+        torch.ones(3, 4, dtype=torch.bool),
+        torch.arange(12).view(3, 4) == 6,
+        (torch.arange(3) == 1)[:, None].repeat(1, 4),
+        (torch.arange(4) == 2)[None, :].repeat(3, 1),
+    ],
+    ids=["none", "all", "one", "one row", "one column"],
+)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_empty_and_full_rows_and_columns(engine: str, kept: Tensor) -> None:
+    mask = kept.repeat_interleave(16, 0).repeat_interleave(32, 1)
+    matrix = BlockSparseMatrix.from_dense(torch.randn(48, 128), (16, 32), mask)
+    assert_is_dense(torch.randn(7, 128), matrix, torch.randn(48), engine)
+    assert_is_dense(torch.randn(7, 128), matrix, None, engine)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_activations(engine: str, activation: Any, with_bias: bool) -> None:
+    input, matrix, bias = case(13, (64, 48), (32, 16))
+    bias_used = bias if with_bias else None
+    expected = ACTIVATIONS[activation](F.linear(input, matrix.to_dense(), bias_used))
+    with use_backend(engine):
+        assert_near(block_sparse_linear(input, matrix, bias_used, activation=activation), expected)
+        leaf = input.clone().requires_grad_()
+        trained = block_sparse_linear(leaf, matrix, bias_used, activation=activation)
+    assert_near(trained.detach(), expected)
+    other = input.clone().requires_grad_()
+    ACTIVATIONS[activation](F.linear(other, matrix.to_dense(), bias_used)).sum().backward()
+    trained.sum().backward()
+    assert leaf.grad is not None
+    assert other.grad is not None
+    assert_near(leaf.grad, other.grad)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 0, 3)])
+def test_leading_dimensions_are_restored(engine: str, lead: tuple[int, ...]) -> None:
+    _, matrix, bias = case(1, (32, 48), (16, 16))
+    input = torch.randn(*lead, 48)
+    with use_backend(engine):
+        output = block_sparse_linear(input, matrix, bias)
+    assert output.shape == (*lead, 32)
+    assert_near(output, F.linear(input, matrix.to_dense(), bias))
+
+
+def test_strided_inputs(engine: str) -> None:
+    input, matrix, bias = case(20, (64, 64), (32, 32))
+    expected = F.linear(input, matrix.to_dense(), bias)
+    strided = [input.T.contiguous().T, torch.cat((input, input), 1)[:, :64], input.repeat_interleave(2, 0)[::2]]
+    values = replace(matrix, values=matrix.values.transpose(1, 2).contiguous().transpose(1, 2))
+    with use_backend(engine):
+        for other in strided:
+            assert_near(block_sparse_linear(other, matrix, bias), expected)
+        assert_near(block_sparse_linear(input, values, bias.repeat_interleave(2)[::2]), expected)
+        expanded = block_sparse_linear(input[:1].expand(20, 64), matrix, bias)
+    assert_near(expanded, expected[:1].expand(20, 64))
+
+
+def test_only_what_asks_gets_a_gradient(engine: str) -> None:
+    input, matrix, bias = case(5, (32, 32), (16, 16))
+    with use_backend(engine):
+        assert not block_sparse_linear(input, matrix, bias).requires_grad
+        bias.requires_grad_()
+        block_sparse_linear(input, matrix, bias).sum().backward()
+        with torch.no_grad():
+            assert not block_sparse_linear(input, matrix, bias, activation="gelu").requires_grad
+    torch.testing.assert_close(bias.grad, torch.full((32,), 5.0))
+    assert input.grad is None
+    assert matrix.values.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_linear(dtype: torch.dtype, device: torch.device) -> None:
+    input, matrix, bias = case(5, (32, 48), (16, 16))
+    input, matrix, bias = input.to(device), matrix.to(device), bias.to(device)
+    with torch.autocast(device.type, dtype=dtype):
+        output = block_sparse_linear(input, matrix, bias)
+        expected = F.linear(input, matrix.to_dense(), bias)
+        same = block_sparse_linear(input.double(), matrix.to(torch.float64), bias.double())
+    assert output.dtype == expected.dtype == dtype
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+    assert same.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_operators_are_registered_rightly(
+    backend: str, activation: str | None, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    if backend == "triton":
+        request.getfixturevalue("triton_backend")
+    elif device.type != "cpu":
+        pytest.skip("tensors are on a GPU")
+    input, matrix, bias = case(5, (40, 48), (16, 16))
+    lists = matrix.lists
+    asks = activation is None
+    tensors = (input.requires_grad_(asks), matrix.values.requires_grad_(asks), bias.requires_grad_(asks))
+    indices = (matrix.crow_indices, matrix.col_indices, lists.block_rows)
+    across = (lists.ccol_indices, lists.row_indices, lists.positions, lists.column_order)
+    arguments = (*tensors, *indices, lists.row_order, *across, 40, activation, backend)
+    torch.library.opcheck(torch.ops.sdp_kernels.block_sparse_linear, arguments)
+    plain = tuple(tensor.detach() for tensor in tensors[:2])
+    for needs in ((True, True), (True, False), (False, True)):
+        arguments = (torch.randn(5, 40), *plain, *indices, *across, *needs, backend)
+        torch.library.opcheck(torch.ops.sdp_kernels.block_sparse_linear_backward, arguments)
+
+
+@pytest.mark.parametrize("backend", ["default", "reference"])
+def test_compiles_without_graph_breaks(backend: str) -> None:
+    def layer(input: Tensor, values: Tensor, matrix: BlockSparseMatrix, bias: Tensor) -> Tensor:
+        with nullcontext() if backend == "default" else use_backend(backend):
+            return block_sparse_linear(input, replace(matrix, values=values), bias, activation="gelu")
+
+    _, matrix, bias = case(1, (32, 48), (16, 16))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (3, 8):
+        input = torch.randn(tokens, 48)
+        gradients = []
+        for call in (layer, compiled):
+            leaves = input.clone().requires_grad_(), matrix.values.clone().requires_grad_()
+            call(*leaves, matrix, bias).square().sum().backward()
+            gradients.append([leaf.grad for leaf in leaves])
+        torch.testing.assert_close(*gradients)
+        with torch.no_grad():
+            values = matrix.values
+            torch.testing.assert_close(
+                compiled(input, values, matrix, bias), layer(input, values, matrix, bias), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_double_backward_raises() -> None:
+    input, matrix, bias = case(5, (32, 32), (16, 16))
+    input.requires_grad_()
+    values = matrix.values.requires_grad_()
+    output = block_sparse_linear(input, matrix, bias).square().sum()
+    (gradient,) = torch.autograd.grad(output, values, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"autograd|backward"):
+        torch.autograd.grad(gradient.sum(), input)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_number_of_threads_changes_nothing(threads: int) -> None:
+    input, matrix, bias = case(50, (200, 96), (32, 16))
+    expected = block_sparse_linear(input, matrix, bias)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(block_sparse_linear(input, matrix, bias), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_values_beyond_the_shape_are_not_part_of_the_matrix(engine: str) -> None:
+    _, matrix, bias = case(1, (20, 20), (16, 16), 1.0)
+    input = torch.randn(6, 20)
+    filled = matrix.values.clone()
+    filled[1::2, :, 4:] = 1e3
+    filled[2:, 4:, :] = 1e3
+    assert_is_dense(input, replace(matrix, values=filled), bias, engine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"input": torch.randn(3, 47)}, ValueError, r"input must have shape \(..., 48\), got \(3, 47\)"),
+        ({"input": torch.tensor(1.0)}, ValueError, r"input must have shape \(..., 48\), got \(\)"),
+        ({"input": torch.ones(3, 48, dtype=torch.int64)}, TypeError, "input must be a floating-point tensor"),
+        ({"input": torch.randn(3, 48).double()}, ValueError, "weight must have the dtype of input, torch.float64"),
+        ({"input": torch.randn(3, 48, device="meta")}, ValueError, "weight must be on the device of input, meta"),
+        ({"weight": torch.randn(32, 48)}, TypeError, "weight must be a BlockSparseMatrix, got Tensor"),
+        ({"bias": torch.randn(31)}, ValueError, r"bias must have shape \(32,\), got \(31,\)"),
+        ({"bias": torch.randn(32).half()}, ValueError, "bias must have the dtype of input, .* got torch.float16"),
+        ({"bias": torch.randn(32, device="meta")}, ValueError, "bias must be on the device of input, cpu, got meta"),
+        ({"activation": "tanh"}, ValueError, "activation must be one of .* got 'tanh'"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    input, weight, bias = case(3, (32, 48), (16, 16))
+    activation = changes.pop("activation", None)
+    arguments = {"input": input, "weight": weight, "bias": bias, **changes}
+    with pytest.raises(error, match=message):
+        block_sparse_linear(**arguments, activation=activation)
+
+
+def test_kernels_refuse_what_they_cannot_take(triton_backend: str) -> None:
+    input, matrix, bias = case(3, (32, 48), (16, 16))
+    with use_backend(triton_backend), pytest.raises(NotImplementedError, match=r"dtype torch.float64 is none of"):
+        block_sparse_linear(input.double(), matrix.to(torch.float64), bias.double())
