@@ -85,14 +85,25 @@ def _elements(job: Job) -> int:
 def _plot(options: argparse.Namespace) -> int:
     from bench.plot import plot
 
-    print(plot(options.results, options.grid, options.device))
+    try:
+        print(plot(options.results, options.grid, options.device))
+    except ValueError as error:
+        return _refuse(error)
     return 0
 
 
 def _resources(options: argparse.Namespace) -> int:
     from bench.resources import CAPABILITIES, report
 
-    return report(options.arch or CAPABILITIES, options.op)
+    try:
+        return report(options.arch or CAPABILITIES, options.op)
+    except (ValueError, RuntimeError) as error:
+        return _refuse(error)
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
