@@ -53,41 +53,35 @@ def loss_and_gradients(
 def normalise(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, center: bool, residual: bool, eps: float
 ) -> Columns:
-    """Centre and scale the columns of both inputs to unit norm and take their inner products."""
+    """Centre and scale the columns of both inputs to unit norm and take their inner products.
+
+    Both are handled as one tensor, because on small input the number of calls is most of the time.
+    """
     dtype = compute_dtype(student, teacher)
+    both = torch.stack((student.to(dtype), teacher.to(dtype)))
     total: float | Tensor = float(student.shape[0])
     weight = None
     if sample_weight is not None:
         weight = sample_weight.to(dtype).clamp_min(0)[:, None]
         total = weight.sum()
-    left, left_mean, left_squares = _centre(student.to(dtype), weight, center)
-    right, right_mean, right_squares = _centre(teacher.to(dtype), weight, center)
-    squares = torch.stack((left_squares, right_squares))
-    means = torch.stack((left_mean, right_mean))
+        both.masked_fill_(weight == 0, 0)  # whatever a row left out holds
+    if not center:
+        means = both.new_zeros(2, both.shape[2])
+    elif weight is None:
+        means = both.mean(1)
+    else:
+        means = (both * weight).sum(1) / weight.sum().clamp_min(torch.finfo(dtype).tiny)
+    both.sub_(means[:, None])
+    if weight is not None:
+        both.mul_(weight.sqrt())
+    squares = both.square().sum(1)
     limit = (DEAD_EPSILONS * torch.finfo(dtype).eps) ** 2 * total
     dead = squares <= means.square_().mul_(limit)  # total * mean^2 is what centring took from the raw squares
     inverse = squares.add_(total * eps).rsqrt_().masked_fill_(dead, 0)
-    left.mul_(inverse[0])
-    right.mul_(inverse[1])
+    left, right = both.mul_(inverse[:, None]).unbind()
     if residual:
         left.sub_(right)
     return Columns(left, right, inverse, (left * right).sum(0))
-
-
-def _centre(features: Tensor, weight: Tensor | None, center: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns less their mean, times the root of the weights; that mean, or 0; their sums of squares."""
-    if weight is not None:
-        features = features.masked_fill(weight == 0, 0)
-    if not center:
-        mean = features.new_zeros(features.shape[1])
-    elif weight is None:
-        mean = features.mean(0)
-    else:
-        mean = (features * weight).sum(0) / weight.sum().clamp_min(torch.finfo(features.dtype).tiny)
-    columns = features - mean
-    if weight is not None:
-        columns.mul_(weight.sqrt())
-    return columns, mean, (columns * columns).sum(0)
 
 
 def feature_gradient(
