@@ -12,6 +12,7 @@ from sdp_kernels.checks import check_choice, check_floating, check_same_device, 
 from sdp_kernels.dispatch import choose_backend
 
 OFFERS = ("triton", "cpu", "reference")
+KERNEL_SIDES = (16, 32, 64, 128)
 
 
 def block_sparse_linear(
@@ -53,7 +54,7 @@ def block_sparse_linear(
         if tensor is not None and tensor.dtype != input.dtype:
             raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
 
-    backend = choose_backend("block_sparse_linear", (input, values), OFFERS)
+    backend = choose_backend("block_sparse_linear", (input, values), OFFERS, _against_triton(weight.block_shape))
     if backend == "reference":
         matrix = replace(weight, values=values)
         with torch.autocast(input.device.type, enabled=False):
@@ -81,6 +82,10 @@ def block_sparse_linear(
     )
     output = output.view(*input.shape[:-1], weight.shape[0])
     return ACTIVATIONS[activation](output) if trains else output
+
+
+def _against_triton(block_shape: tuple[int, int]) -> list[str]:
+    return [f"a block side of {side} is none of {KERNEL_SIDES}" for side in block_shape if side not in KERNEL_SIDES]
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
@@ -164,7 +169,9 @@ def _block_sparse_linear_backward(
                 gradient, across, None, ccol_indices, row_indices, positions, column_order, in_features, None
             )
         if need_values:
-            values_gradient = values_product(gradient, input, block_rows, col_indices, values.shape)
+            values_gradient = values_product(
+                gradient, input, block_rows, col_indices, (values.shape[1], values.shape[2])
+            )
     else:
         from sdp_kernels.block_sparse_linear.cpu import product as cpu_product
         from sdp_kernels.block_sparse_linear.gathered import values_product as cpu_values_product

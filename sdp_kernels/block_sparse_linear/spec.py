@@ -66,4 +66,5 @@ SPEC = OpSpec(
     bytes=lambda shape, itemsize: itemsize * (3 * _kept(shape) + 2 * shape[0] * (shape[1] + shape[2])),
     grad_args=("input", "values", "bias"),
     variants={"default": {}, "gelu": {"activation": "gelu"}},
+    kernel_module="sdp_kernels.block_sparse_linear.kernel",
 )

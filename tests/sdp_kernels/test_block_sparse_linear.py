@@ -74,9 +74,15 @@ def assert_is_dense(input: Tensor, matrix: BlockSparseMatrix, bias: Tensor | Non
             assert_near(leaf.grad, other.grad)
 
 
+def skip_if_refused(engine: str, block_shape: tuple[int, int]) -> None:
+    if engine == "triton" and not set(block_shape) <= {16, 32, 64, 128}:
+        pytest.skip("not for the kernels")
+
+
 @pytest.mark.parametrize("block_shape", BLOCK_SHAPES)
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_equals_dense_for_blocks_that_fit(engine: str, block_shape: tuple[int, int]) -> None:
+    skip_if_refused(engine, block_shape)
     height, width = block_shape
     assert_is_dense(*case(21, (2 * height, 3 * width), block_shape), engine)
 
@@ -84,6 +90,7 @@ def test_equals_dense_for_blocks_that_fit(engine: str, block_shape: tuple[int, i
 @pytest.mark.parametrize("block_shape", BLOCK_SHAPES)
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_equals_dense_for_blocks_that_do_not_fit(engine: str, block_shape: tuple[int, int]) -> None:
+    skip_if_refused(engine, block_shape)
     height, width = block_shape
     assert_is_dense(*case(5, (2 * height + 7, 2 * width - 5), block_shape, 0.7), engine)
 
@@ -285,3 +292,41 @@ def test_kernels_refuse_what_they_cannot_take(triton_backend: str) -> None:
     input, matrix, bias = case(3, (32, 48), (16, 16))
     with use_backend(triton_backend), pytest.raises(NotImplementedError, match=r"dtype torch.float64 is none of"):
         block_sparse_linear(input.double(), matrix.to(torch.float64), bias.double())
+    input, matrix, bias = case(3, (32, 48), (16, 24))
+    with use_backend(triton_backend), pytest.raises(NotImplementedError, match=r"a block side of 24 is none of"):
+        block_sparse_linear(input, matrix, bias)
+
+
+@pytest.mark.parametrize("block_shape", [(32, 16), (16, 128), (64, 64)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_few_tokens_share_a_row_of_blocks(triton_backend: str, block_shape: tuple[int, int], activation: Any) -> None:
+    from sdp_kernels.block_sparse_linear import kernel
+
+    input, matrix, bias = case(5, (128, 1024 + 8), block_shape, 0.6)
+    blocks, _, width = matrix.values.shape
+    assert kernel.choose_splits(8, blocks * width / (matrix.grid[0] * kernel.STEP), 132) > 1
+    with use_backend(triton_backend):
+        got = block_sparse_linear(input, matrix, bias, activation=activation)
+        again = block_sparse_linear(input, matrix, bias, activation=activation)
+    assert_near(got, ACTIVATIONS[activation](F.linear(input, matrix.to_dense(), bias)))
+    assert torch.equal(got, again)
+
+
+def test_token_tiles_run_in_groups(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdp_kernels.block_sparse_linear import kernel
+
+    monkeypatch.setattr(kernel, "GROUP_BYTES", 2 * 64 * 32 * 4)
+    assert_is_dense(*case(300, (64, 32), (16, 16)), triton_backend)
+
+
+def test_launches_fill_the_device_and_fit_into_it() -> None:
+    pytest.importorskip("triton")
+    from sdp_kernels.block_sparse_linear import kernel
+
+    assert kernel.choose_splits(1000, 100, 132) == 1
+    assert kernel.choose_splits(24, 100, 132) == 16
+    assert kernel.choose_splits(24, 5, 132) == 2
+    assert kernel.choose_launch(1, 32, torch.bfloat16, 90) == (16, 4, 4)
+    assert kernel.choose_launch(4096, 128, torch.bfloat16, 90) == (128, 8, 4)
+    assert kernel.choose_launch(4096, 128, torch.float32, 120) == (64, 8, 2)
+    assert kernel.choose_launch(64, 64, torch.float16, 75) == kernel.choose_launch(64, 64, torch.float16, 86)
