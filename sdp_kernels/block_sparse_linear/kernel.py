@@ -12,57 +12,17 @@ Inputs in half precision are multiplied in it, with float32 accumulation.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdp_kernels.block_sparse_linear.launch import STEP, choose_launch, choose_splits, values_step, values_warps
 from sdp_kernels.spec import KernelConfig
 
-STEP = 64  # input features a step
-TOKENS_STEP = 64  # tokens a step of the gradient of the values
 GROUP_BYTES = 2**23  # of the input that programs running together read
-SPLITS = 16  # at most
 FINISH_BLOCK = 1024
-
-# Compute capability -> (bytes of shared memory for a program, most stages). The widest multiprocessors hide a load
-# behind three steps; a capability that is not listed uses the last entry before it.
-DEVICES = {
-    80: (163 * 1024, 4),
-    86: (99 * 1024, 3),
-    90: (227 * 1024, 4),
-    100: (227 * 1024, 4),
-    120: (99 * 1024, 3),
-}
-
-
-class Launch(NamedTuple):
-    """Tile sizes and options of one launch of the product."""
-
-    block_tokens: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_launch(tokens: int, height: int, dtype: torch.dtype, capability: int) -> Launch:
-    """How the product is launched for blocks with `height` output features."""
-    shared, most_stages = DEVICES[max((known for known in DEVICES if known <= capability), default=86)]
-    largest = 64 if dtype == torch.float32 else 128
-    block_tokens = min(largest, max(16, triton.next_power_of_2(tokens)))
-    stage = (block_tokens + height) * STEP * dtype.itemsize
-    num_stages = max(2, min(most_stages, shared // stage))
-    wide = block_tokens * height >= (64 * 64 if dtype == torch.float32 else 128 * 128)
-    return Launch(block_tokens, 8 if wide else 4, num_stages)
-
-
-def choose_splits(programs: int, steps: float, multiprocessors: int) -> int:
-    """How many programs share a row of blocks that takes `steps` on average: enough to fill the device twice."""
-    splits = 1
-    while splits < SPLITS and programs * splits < 2 * multiprocessors and splits * 4 <= steps:
-        splits *= 2
-    return splits
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -175,15 +135,6 @@ def values_gradient(
         num_stages=2,
     )
     return result
-
-
-def values_step(dtype: torch.dtype) -> int:
-    """Tokens a step of the gradient of the values."""
-    return TOKENS_STEP // 2 if dtype == torch.float32 else TOKENS_STEP
-
-
-def values_warps(block_shape: tuple[int, int]) -> int:
-    return 8 if block_shape == (128, 128) else 4
 
 
 @triton.jit

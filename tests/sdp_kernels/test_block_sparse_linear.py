@@ -1,9 +1,13 @@
 """What is special to the block-sparse linear map: blocks of every shape, engines, gradients, what it refuses."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdp_kernels import BlockSparseMatrix, block_sparse_linear, use_backend
-from sdp_kernels.block_sparse_linear import cpu
+from sdp_kernels.block_sparse_linear import cpu, launch
 
 BLOCK_SHAPES = [(16, 16), (32, 32), (64, 64), (128, 128), (128, 32), (64, 32), (16, 64), (8, 24)]
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -256,6 +260,33 @@ def test_number_of_threads_changes_nothing(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+NARROWER_REGISTERS = """
+import llvmlite.binding, sys, torch
+from sdp_kernels import BlockSparseMatrix, block_sparse_linear
+assert "numba" not in sys.modules
+features = llvmlite.binding.get_host_cpu_features()
+features.update({name: False for name in features if name.startswith("avx512")})
+llvmlite.binding.get_host_cpu_features = lambda: features
+for block_shape in ((8, 16), (24, 32)):
+    matrix = BlockSparseMatrix.from_dense(torch.randn(50, 70), block_shape)
+    for tokens in (1, 3, 19):
+        input = torch.randn(tokens, 70)
+        expected = torch.nn.functional.linear(input, matrix.to_dense())
+        torch.testing.assert_close(block_sparse_linear(input, matrix), expected, rtol=0, atol=1e-4)
+from sdp_kernels.block_sparse_linear import engine
+assert (engine.LANES, engine.TILE) == ((8, 6) if features.get("avx") else (4, 12))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+def test_engine_of_a_cpu_without_the_widest_registers(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}  # what is compiled here must not stay
+    done = subprocess.run(
+        [sys.executable, "-c", NARROWER_REGISTERS], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_values_beyond_the_shape_are_not_part_of_the_matrix(engine: str) -> None:
     _, matrix, bias = case(1, (20, 20), (16, 16), 1.0)
     input = torch.randn(6, 20)
@@ -300,11 +331,9 @@ def test_kernels_refuse_what_they_cannot_take(triton_backend: str) -> None:
 @pytest.mark.parametrize("block_shape", [(32, 16), (16, 128), (64, 64)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_few_tokens_share_a_row_of_blocks(triton_backend: str, block_shape: tuple[int, int], activation: Any) -> None:
-    from sdp_kernels.block_sparse_linear import kernel
-
     input, matrix, bias = case(5, (128, 1024 + 8), block_shape, 0.6)
     blocks, _, width = matrix.values.shape
-    assert kernel.choose_splits(8, blocks * width / (matrix.grid[0] * kernel.STEP), 132) > 1
+    assert launch.choose_splits(8, blocks * width / (matrix.grid[0] * launch.STEP), 132) > 1
     with use_backend(triton_backend):
         got = block_sparse_linear(input, matrix, bias, activation=activation)
         again = block_sparse_linear(input, matrix, bias, activation=activation)
@@ -320,13 +349,10 @@ def test_token_tiles_run_in_groups(triton_backend: str, monkeypatch: pytest.Monk
 
 
 def test_launches_fill_the_device_and_fit_into_it() -> None:
-    pytest.importorskip("triton")
-    from sdp_kernels.block_sparse_linear import kernel
-
-    assert kernel.choose_splits(1000, 100, 132) == 1
-    assert kernel.choose_splits(24, 100, 132) == 16
-    assert kernel.choose_splits(24, 5, 132) == 2
-    assert kernel.choose_launch(1, 32, torch.bfloat16, 90) == (16, 4, 4)
-    assert kernel.choose_launch(4096, 128, torch.bfloat16, 90) == (128, 8, 4)
-    assert kernel.choose_launch(4096, 128, torch.float32, 120) == (64, 8, 2)
-    assert kernel.choose_launch(64, 64, torch.float16, 75) == kernel.choose_launch(64, 64, torch.float16, 86)
+    assert launch.choose_splits(1000, 100, 132) == 1
+    assert launch.choose_splits(24, 100, 132) == 16
+    assert launch.choose_splits(24, 5, 132) == 2
+    assert launch.choose_launch(1, 32, torch.bfloat16, 90) == (16, 4, 4)
+    assert launch.choose_launch(4096, 128, torch.bfloat16, 90) == (128, 8, 4)
+    assert launch.choose_launch(4096, 128, torch.float32, 120) == (64, 8, 2)
+    assert launch.choose_launch(64, 64, torch.float16, 75) == launch.choose_launch(64, 64, torch.float16, 86)

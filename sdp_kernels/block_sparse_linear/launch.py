@@ -1,0 +1,55 @@
+"""How the kernels are launched: tile sizes and options as a function of sizes, dtype and device."""
+
+from typing import NamedTuple
+
+import torch
+
+STEP = 64  # input features a step
+TOKENS_STEP = 64  # tokens a step of the gradient of the values
+SPLITS = 16  # at most
+
+# Compute capability -> (bytes of shared memory for a program, most stages). The widest multiprocessors hide a load
+# behind three steps; a capability that is not listed uses the last entry before it.
+DEVICES = {
+    80: (163 * 1024, 4),
+    86: (99 * 1024, 3),
+    90: (227 * 1024, 4),
+    100: (227 * 1024, 4),
+    120: (99 * 1024, 3),
+}
+
+
+class Launch(NamedTuple):
+    """Tile sizes and options of one launch of the product."""
+
+    block_tokens: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_launch(tokens: int, height: int, dtype: torch.dtype, capability: int) -> Launch:
+    """How the product is launched for blocks with `height` output features."""
+    shared, most_stages = DEVICES[max((known for known in DEVICES if known <= capability), default=86)]
+    largest = 64 if dtype == torch.float32 else 128
+    block_tokens = min(largest, max(16, 1 << (tokens - 1).bit_length()))
+    stage = (block_tokens + height) * STEP * dtype.itemsize
+    num_stages = max(2, min(most_stages, shared // stage))
+    wide = block_tokens * height >= (64 * 64 if dtype == torch.float32 else 128 * 128)
+    return Launch(block_tokens, 8 if wide else 4, num_stages)
+
+
+def choose_splits(programs: int, steps: float, multiprocessors: int) -> int:
+    """How many programs share a row of blocks that takes `steps` on average: enough to fill the device twice."""
+    splits = 1
+    while splits < SPLITS and programs * splits < 2 * multiprocessors and splits * 4 <= steps:
+        splits *= 2
+    return splits
+
+
+def values_step(dtype: torch.dtype) -> int:
+    """Tokens a step of the gradient of the values."""
+    return TOKENS_STEP // 2 if dtype == torch.float32 else TOKENS_STEP
+
+
+def values_warps(block_shape: tuple[int, int]) -> int:
+    return 8 if block_shape == (128, 128) else 4
