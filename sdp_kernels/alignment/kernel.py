@@ -19,7 +19,7 @@ from torch import Tensor
 from sdp_kernels.masked_linear.bitmask import WORD_BITS
 from sdp_kernels.spec import KernelConfig
 
-BLOCK_ROWS, BLOCK_COLUMNS = 4, 512
+BLOCK_ROWS, BLOCK_COLUMNS = 4, 256
 BLOCK_PARTS = 4096
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

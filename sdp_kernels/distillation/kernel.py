@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdp_kernels.spec import KernelConfig
 
-TILES = ((64, 16), (16, 128), (2, 1024), (1, 4096))  # (rows, columns), the narrowest first
+TILES = ((32, 16), (4, 128), (2, 1024), (1, 4096))  # (rows, columns), the narrowest first
 
 
 def row_losses(
