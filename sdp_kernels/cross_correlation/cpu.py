@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.checks import compute_dtype
-from sdp_kernels.cross_correlation.forms import Options, gram_products, matrix_products
+from sdp_kernels.cross_correlation.forms import Options, column_products, gram_products, matrix_products
 
 DEAD_EPSILONS = 16  # a feature is dead if its centred norm is below this many machine epsilons of its raw norm
 
@@ -74,14 +74,15 @@ def normalise(
     both.sub_(means[:, None])
     if weight is not None:
         both.mul_(weight.sqrt())
-    squares = both.square().sum(1)
+    left, right = both.unbind()
+    squares = torch.stack((column_products(left, left), column_products(right, right)))
     limit = (DEAD_EPSILONS * torch.finfo(dtype).eps) ** 2 * total
     dead = squares <= means.square_().mul_(limit)  # total * mean^2 is what centring took from the raw squares
     inverse = squares.add_(total * eps).rsqrt_().masked_fill_(dead, 0)
-    left, right = both.mul_(inverse[:, None]).unbind()
+    both.mul_(inverse[:, None])
     if residual:
         left.sub_(right)
-    return Columns(left, right, inverse, (left * right).sum(0))
+    return Columns(left, right, inverse, column_products(left, right))
 
 
 def feature_gradient(
@@ -101,7 +102,7 @@ def feature_gradient(
         sample_weight: (batch,) or None.
     """
     gradient = product.addcmul_(other, slope)
-    along = (unit * gradient).sum(0)
+    along = column_products(unit, gradient)
     gradient.addcmul_(unit, along, value=-1).mul_(inverse)
     if sample_weight is not None:
         gradient.mul_(sample_weight.to(gradient.dtype).clamp_min(0).sqrt()[:, None])

@@ -17,6 +17,7 @@ from torch import Tensor
 Form = Literal["gram", "matrix"]
 
 MATRIX_CHUNK_ELEMENTS = 2**24  # of C at a time: 64 MiB in float32
+CACHED_ELEMENTS = 2**17  # of a temporary that is made, read once and dropped
 
 
 class Options(NamedTuple):
@@ -50,13 +51,27 @@ def chunk_rows(dim: int) -> int:
     return max(1, min(dim, MATRIX_CHUNK_ELEMENTS // dim))
 
 
+def column_products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of each column of `left` with that of `right`.
+
+    A few rows at a time: fresh memory as large as the input would cost more than the arithmetic.
+    """
+    rows = max(1, CACHED_ELEMENTS // left.shape[1])
+    if left.shape[0] <= rows:
+        return (left * right).sum(0)
+    total = left.new_zeros(left.shape[1])
+    for some_left, some_right in zip(torch.split(left, rows), torch.split(right, rows), strict=True):
+        total += (some_left * some_right).sum(0)
+    return total
+
+
 def gram_products(left: Tensor, right: Tensor, diagonal: Tensor, weight: float, need_right: bool) -> Products:
     """Products of the Gram form: 4 * batch^2 * dim operations each.
 
     The product for `left` is always made, because its inner product with `left` is the sum of squares.
     """
     left_product = (right @ right.T).mul_(2 * weight) @ left
-    squares = (left * left_product).sum().div_(2)
+    squares = column_products(left, left_product).sum().div_(2)
     right_product = (left @ left.T).mul_(2 * weight) @ right if need_right else left.new_empty(0)
     return Products(squares.sub_(diagonal.dot(diagonal), alpha=weight), left_product, right_product, True)
 
@@ -71,7 +86,7 @@ def matrix_products(left: Tensor, right: Tensor, weight: float, need_left: bool,
         rows = slice(start, min(start + chunk_rows(dim), dim))
         correlation = left[:, rows].T @ right
         correlation.diagonal(start).zero_()
-        off_diagonal += correlation.square().sum()
+        off_diagonal += column_products(correlation, correlation).sum()
         correlation.mul_(2 * weight)
         if need_left:
             torch.mm(right, correlation.T, out=left_product[:, rows])
