@@ -12,6 +12,7 @@ from sdp_kernels.checks import check_choice, check_floating, check_same_device, 
 from sdp_kernels.dispatch import choose_backend
 
 OFFERS = ("triton", "cpu", "reference")
+PLAIN = (Tensor, torch.nn.Parameter)
 KERNEL_SIDES = (16, 32, 64, 128)
 
 
@@ -63,8 +64,10 @@ def block_sparse_linear(
     trains = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (input, values, bias) if tensor is not None
     )
+    # With few tokens the operator's way to the function takes as long as the function.
+    plain = not trains and not torch.compiler.is_compiling() and type(input) in PLAIN and type(values) in PLAIN
     lists = weight.lists
-    output: Tensor = _block_sparse_linear(
+    output: Tensor = (_compute if plain else _block_sparse_linear)(
         input.reshape(-1, weight.shape[1]),
         values,
         bias,
@@ -108,8 +111,7 @@ def _check_tensors(input: Tensor, weight: BlockSparseMatrix, bias: Tensor | None
         check_same_device("bias", bias, "input", input)
 
 
-@torch.library.custom_op("sdp_kernels::block_sparse_linear", mutates_args=())
-def _block_sparse_linear(
+def _compute(
     input: Tensor,
     values: Tensor,
     bias: Tensor | None,
@@ -133,6 +135,9 @@ def _block_sparse_linear(
     from sdp_kernels.block_sparse_linear.cpu import product as cpu_product
 
     return cpu_product(input, values, bias, crow_indices, col_indices, None, out_features, activation)
+
+
+_block_sparse_linear = torch.library.custom_op("sdp_kernels::block_sparse_linear", _compute, mutates_args=())
 
 
 @_block_sparse_linear.register_fake
