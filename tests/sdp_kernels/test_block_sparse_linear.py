@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -258,6 +259,21 @@ def test_number_of_threads_changes_nothing(threads: int) -> None:
         assert torch.equal(block_sparse_linear(input, matrix, bias), expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_callers_on_several_threads(engine: str) -> None:
+    if engine == "triton":
+        pytest.skip("Triton's interpreter runs on one thread")
+    input, matrix, bias = case(50, (96, 96), (32, 32))
+
+    def call(tokens: int) -> Tensor:
+        with use_backend(engine):
+            return block_sparse_linear(input[:tokens], matrix, bias)
+
+    expected = F.linear(input, matrix.to_dense(), bias)
+    with ThreadPoolExecutor(4) as pool:
+        for tokens, output in enumerate(pool.map(call, range(20))):
+            assert_near(output, expected[:tokens])
 
 
 NARROWER_REGISTERS = """
