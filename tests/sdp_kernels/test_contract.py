@@ -104,10 +104,10 @@ def test_kernels(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("spec", "variant", "shape", "dtype"), cases(kernels=True, dtypes=(torch.bfloat16,)))
 def test_kernels_in_bfloat16(
-    spec: OpSpec, variant: str, shape: Shape, dtype: torch.dtype, device: torch.device
+    spec: OpSpec, variant: str, shape: Shape, dtype: torch.dtype, device: torch.device, triton_backend: str
 ) -> None:
     inputs, options = spec.inputs(shape, dtype, device), spec.variants[variant]
-    with use_backend("triton"):
+    with use_backend(triton_backend):
         got = run(spec.op, spec, inputs, options)
     assert_right(spec, inputs, options, dtype, got)
 
