@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.grids.cross_correlation import load_lightly
 from sdp_kernels import cross_correlation_loss, use_backend
 from sdp_kernels.cross_correlation import choose_form, forms
 
@@ -42,6 +43,20 @@ def test_is_the_published_formula(shape: tuple[int, int]) -> None:
     student.requires_grad_()
     loss = cross_correlation_loss(student, teacher, off_diagonal_weight=0.0051, eps=1e-5)
     expected = barlow_twins(student, teacher, 0.0051)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, student)[0])
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (50, 20)])
+def test_agrees_with_lightly(shape: tuple[int, int]) -> None:
+    """An independent implementation, with its eps: https://github.com/lightly-ai/lightly."""
+    lightly = load_lightly()
+    if lightly is None:
+        pytest.skip("lightly is not installed; see tests/README.md")
+    student, teacher = features(*shape)
+    student.requires_grad_()
+    loss = cross_correlation_loss(student, teacher, eps=1e-5)
+    expected = lightly(student, teacher)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, student)[0])
 
