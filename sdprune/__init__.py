@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdprune.config import SDPruneConfig as SDPruneConfig
     from sdprune.deployment.export import export as export
+    from sdprune.deployment.sparse_linear import BlockSparseLinear as BlockSparseLinear
     from sdprune.masking.layers import MaskedLinear as MaskedLinear
     from sdprune.pipelines.self_distilled import PruneResult as PruneResult
     from sdprune.pipelines.self_distilled import prune as prune
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sdprune.training.trainer import SDPruneTrainer as SDPruneTrainer
 
 _HOMES = {
+    "BlockSparseLinear": "sdprune.deployment.sparse_linear",
     "MaskedLinear": "sdprune.masking.layers",
     "PruneResult": "sdprune.pipelines.self_distilled",
     "SDPruneCallback": "sdprune.training.callback",
@@ -28,6 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BlockSparseLinear",
     "MaskedLinear",
     "PruneResult",
     "SDPruneCallback",
