@@ -63,6 +63,20 @@ def check_sample_weight(sample_weight: Tensor | None, rows: Sequence[int], stude
         raise ValueError("sample_weight must not require grad: no gradient is given for it")
 
 
+def check_weights_count(sample_weight: Tensor | None) -> None:
+    """No weight below 0 or NaN, and one above 0.
+
+    Only on a CPU and outside of compilation: elsewhere a look at the values stalls the device or breaks the graph.
+    """
+    if sample_weight is None or sample_weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lowest, highest = (bound.item() for bound in torch.aminmax(sample_weight))
+    if not lowest >= 0:
+        raise ValueError(f"sample_weight must be at least 0 everywhere, got {lowest}")
+    if highest == 0:
+        raise ValueError(f"sample_weight must be above 0 somewhere, got {sample_weight.numel()} zeros")
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, otherwise float32: losses are never computed in less."""
     if any(tensor.dtype == torch.float64 for tensor in tensors):

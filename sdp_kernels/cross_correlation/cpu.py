@@ -1,6 +1,6 @@
 """The loss and its gradients in few plain torch operations, of which the products are most of the work."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,36 +53,60 @@ def loss_and_gradients(
 def normalise(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, center: bool, residual: bool, eps: float
 ) -> Columns:
-    """Centre and scale the columns of both inputs to unit norm and take their inner products.
-
-    Both are handled as one tensor, because on small input the number of calls is most of the time.
-    """
+    """Centre and scale the columns of both inputs to unit norm and take their inner products."""
     dtype = compute_dtype(student, teacher)
-    both = torch.stack((student.to(dtype), teacher.to(dtype)))
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    found = _unit_columns_in_one_pass(student, teacher, eps) if center and sample_weight is None and eps > 0 else None
+    left, right, inverse = found or _unit_columns(student, teacher, sample_weight, center, eps)
+    if residual:
+        left.sub_(right)
+    return Columns(left, right, inverse, column_products(left, right))
+
+
+def _unit_columns_in_one_pass(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Through torch's batch normalisation; None if a feature is, or may be, dead."""
+    batch = student.shape[0]
+    scale = student.new_full((student.shape[1],), batch**-0.5)
+    options: Any = (None, None, None, True, 0.0, eps)  # no bias, no running statistics, training, momentum
+    left, left_mean, left_inverse = torch.native_batch_norm(student, scale, *options)
+    right, right_mean, right_inverse = torch.native_batch_norm(teacher, scale, *options)
+    inverse = torch.stack((left_inverse, right_inverse))
+    variance = inverse.pow(-2).sub_(eps)
+    limit = (DEAD_EPSILONS * torch.finfo(student.dtype).eps) ** 2
+    # Below a thousandth of eps the difference above is mostly rounding: look at such a feature itself.
+    if (variance <= torch.stack((left_mean, right_mean)).square_().mul_(limit).add_(1e-3 * eps)).any():
+        return None
+    return left, right, inverse.mul_(batch**-0.5)
+
+
+def _unit_columns(
+    student: Tensor, teacher: Tensor, sample_weight: Tensor | None, center: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit columns of both, as one tensor because on small input the calls are most of the time; inverse norms."""
+    both = torch.stack((student, teacher))
     total: float | Tensor = float(student.shape[0])
     weight = None
     if sample_weight is not None:
-        weight = sample_weight.to(dtype).clamp_min(0)[:, None]
+        weight = sample_weight.to(both.dtype).clamp_min(0)[:, None]
         total = weight.sum()
         both.masked_fill_(weight == 0, 0)  # whatever a row left out holds
+    tiny = torch.finfo(both.dtype).tiny
     if not center:
         means = both.new_zeros(2, both.shape[2])
     elif weight is None:
         means = both.mean(1)
     else:
-        means = (both * weight).sum(1) / weight.sum().clamp_min(torch.finfo(dtype).tiny)
+        means = (both * weight).sum(1) / weight.sum().clamp_min(tiny)
     both.sub_(means[:, None])
     if weight is not None:
         both.mul_(weight.sqrt())
     left, right = both.unbind()
     squares = torch.stack((column_products(left, left), column_products(right, right)))
-    limit = (DEAD_EPSILONS * torch.finfo(dtype).eps) ** 2 * total
+    limit = (DEAD_EPSILONS * torch.finfo(both.dtype).eps) ** 2 * total
     dead = squares <= means.square_().mul_(limit)  # total * mean^2 is what centring took from the raw squares
     inverse = squares.add_(total * eps).rsqrt_().masked_fill_(dead, 0)
     both.mul_(inverse[:, None])
-    if residual:
-        left.sub_(right)
-    return Columns(left, right, inverse, column_products(left, right))
+    return left, right, inverse
 
 
 def feature_gradient(

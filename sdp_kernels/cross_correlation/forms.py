@@ -87,9 +87,9 @@ def matrix_products(left: Tensor, right: Tensor, weight: float, need_left: bool,
         correlation = left[:, rows].T @ right
         correlation.diagonal(start).zero_()
         off_diagonal += column_products(correlation, correlation).sum()
-        correlation.mul_(2 * weight)
         if need_left:
-            torch.mm(right, correlation.T, out=left_product[:, rows])
+            part = left_product[:, rows]
+            torch.addmm(part, right, correlation.T, beta=0, alpha=2 * weight, out=part)
         if need_right:
-            right_product.addmm_(left[:, rows], correlation)
+            right_product.addmm_(left[:, rows], correlation, alpha=2 * weight)
     return Products(weight * off_diagonal, left_product, right_product, False)

@@ -11,6 +11,7 @@ from sdp_kernels.checks import (
     check_dims,
     check_pair,
     check_sample_weight,
+    check_weights_count,
     compute_dtype,
 )
 from sdp_kernels.cross_correlation.forms import Options, choose_form
@@ -55,7 +56,8 @@ def cross_correlation_loss(
         target: "identity" or "teacher".
         eps: added to each feature's mean square.
         sample_weight: (batch,), weights >= 0 of the rows in means, norms and correlations, a bool mask, or
-            None for equal ones. Rows without a positive weight are left out entirely: they may hold NaN.
+            None for equal ones. Rows without a positive weight are left out entirely: they may hold NaN. If no
+            row counts, that is an error on a CPU; on a GPU, where looking would stall it, all correlations are 0.
         process_group: compute the loss over the rows of all ranks. Every rank returns the global value, and
             the gradients of its inputs are world-size times the global ones, so that the averaging of DDP
             and FSDP gives the single-process gradient of the parameters. None means local rows only.
@@ -64,10 +66,12 @@ def cross_correlation_loss(
 
     Returns:
         A scalar, float32 (float64 if an input is), also under autocast. A feature that is constant over
-        the batch counts as dead: its correlations are 0 and it receives no gradient.
+        the batch counts as dead: its correlations are 0 and it receives no gradient. NaN or infinity in a row
+        that counts makes the loss NaN.
 
     Raises:
-        ValueError: shapes or devices differ, fewer than 2 rows to centre, a number out of its range.
+        ValueError: shapes or devices differ, fewer than 2 rows to centre, a number out of its range, weights that
+            are negative or all zero.
         TypeError: an input is not a floating-point tensor.
         RuntimeError: on double backward; gradients are made in the forward pass.
     """
@@ -82,6 +86,7 @@ def cross_correlation_loss(
         student, teacher = gather_rows(student, process_group), gather_rows(teacher, process_group)
         if sample_weight is not None:
             sample_weight = gather_rows(sample_weight, process_group)
+    check_weights_count(sample_weight)
     batch, dim = student.shape
     if batch < 1 + center or dim < 1:
         raise ValueError(f"student must have at least {1 + center} rows and 1 column, got shape {(batch, dim)}")

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdp_kernels.checks import check_above, check_at_least, check_pair, check_sample_weight, compute_dtype
+from sdp_kernels.checks import (
+    check_above,
+    check_at_least,
+    check_pair,
+    check_sample_weight,
+    check_weights_count,
+    compute_dtype,
+)
 from sdp_kernels.dispatch import choose_backend
 from sdp_kernels.distillation import cpu
 from sdp_kernels.distillation.reference import (
@@ -41,7 +48,8 @@ def kl_divergence_loss(
             be switched off with -inf in both.
         temperature: above 0.
         sample_weight: the shape without classes, weights >= 0 of the rows in the mean, or a bool mask. Rows without a
-            positive weight are left out entirely: they may hold NaN.
+            positive weight are left out entirely: they may hold NaN. If no row counts, that is an error on a CPU;
+            on a GPU, where looking would stall it, the loss is 0.
 
     Returns:
         A scalar, float32 (float64 if an input is), also under autocast.
@@ -71,7 +79,8 @@ def cosine_distance_loss(
         student: (..., dim), any float dtype.
         teacher: the same shape, any float dtype; gets a gradient if it asks for one.
         sample_weight: the shape without dim, weights >= 0 of the rows in the mean, or a bool mask. Rows without a
-            positive weight are left out entirely: they may hold NaN.
+            positive weight are left out entirely: they may hold NaN. If no row counts, that is an error on a CPU;
+            on a GPU, where looking would stall it, the loss is 0.
         eps: the least value of each norm, >= 0. A row of zeros has cosine 0.
 
     Returns:
@@ -101,6 +110,7 @@ def _check_rows(student: Tensor, teacher: Tensor, sample_weight: Tensor | None, 
     if student.dim() < 1 or student.numel() == 0:
         raise ValueError(f"student{suffix} must have at least one row, got shape {tuple(student.shape)}")
     check_sample_weight(sample_weight, student.shape[:-1], student)
+    check_weights_count(sample_weight)
 
 
 @torch.library.custom_op("sdp_kernels::row_losses", mutates_args=())

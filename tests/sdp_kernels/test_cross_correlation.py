@@ -195,10 +195,12 @@ def test_weights_may_be_a_bool_mask(backend: str, request: pytest.FixtureRequest
     torch.testing.assert_close(loss, cross_correlation_loss(student[mask], teacher[mask]))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("form", FORMS)
-def test_all_weights_zero_give_finite_results(form: str) -> None:
-    student, teacher = features(4, 3)
-    results = value_and_gradients(student, teacher, sample_weight=torch.zeros(4), form=form)
+def test_all_weights_zero_give_finite_results(form: str, device: torch.device) -> None:
+    student, teacher = (value.to(device) for value in features(4, 3))
+    results = value_and_gradients(student, teacher, sample_weight=torch.zeros(4, device=device), form=form)
     assert all(result.isfinite().all() for result in results)
 
 
@@ -407,6 +409,9 @@ def test_few_rows_take_few_launches(dtype: torch.dtype, device: torch.device) ->
         ({"target": "student"}, ValueError, r"target must be one of \['identity', 'teacher'\], got 'student'"),
         ({"form": "fast"}, ValueError, "form must be one of .* got 'fast'"),
         ({"sample_weight": torch.ones(3)}, ValueError, r"sample_weight must have shape \(4,\), got \(3,\)"),
+        ({"sample_weight": torch.zeros(4)}, ValueError, "sample_weight must be above 0 somewhere, got 4 zeros"),
+        ({"sample_weight": torch.tensor([1.0, -2.0, 1.0, 1.0])}, ValueError, "sample_weight must be .* got -2.0"),
+        ({"sample_weight": torch.tensor([1.0, torch.nan, 1.0, 1.0])}, ValueError, "sample_weight must be .* got nan"),
         ({"sample_weight": [1.0] * 4}, TypeError, "sample_weight must be a tensor, got list"),
         ({"sample_weight": torch.ones(4, requires_grad=True)}, ValueError, "must not require grad"),
     ],

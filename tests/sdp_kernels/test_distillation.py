@@ -88,10 +88,20 @@ def test_weights_may_be_a_bool_mask(loss_function: Callable[..., Tensor]) -> Non
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
-def test_no_rows_kept_give_zero(loss_function: Callable[..., Tensor]) -> None:
-    student, teacher = torch.full((2, 3, 5), torch.nan)
+@pytest.mark.parametrize(("weight", "got"), [(0.0, "3 zeros"), (-1.0, "-1.0"), (torch.nan, "nan")])
+def test_weights_that_cannot_count(loss_function: Callable[..., Tensor], weight: float, got: str) -> None:
+    rows = torch.ones(3, 5)
+    with pytest.raises(ValueError, match=f"sample_weight must be .* got {got}"):
+        loss_function(rows, rows, sample_weight=torch.full((3,), weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("loss_function", LOSSES)
+def test_no_rows_kept_give_zero(loss_function: Callable[..., Tensor], device: torch.device) -> None:
+    student, teacher = torch.full((2, 3, 5), torch.nan, device=device)
     student.requires_grad_()
-    loss = loss_function(student, teacher, sample_weight=torch.zeros(3))
+    loss = loss_function(student, teacher, sample_weight=torch.zeros(3, device=device))
     assert loss == 0
     assert (torch.autograd.grad(loss, student)[0] == 0).all()
 
@@ -245,7 +255,7 @@ def test_maxima_that_rise_along_the_classes(fused: str) -> None:
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
-@pytest.mark.parametrize("mask", [torch.tensor([1.0, 0, 2, -1]), torch.tensor([True, False, True, False])])
+@pytest.mark.parametrize("mask", [torch.tensor([1.0, 0, 2, 0]), torch.tensor([True, False, True, False])])
 def test_fused_leaves_rows_out(loss_function: Callable[..., Tensor], mask: Tensor, fused: str) -> None:
     student, teacher = torch.randn(2, 4, 21)
     expected = value_and_gradients(loss_function, student[[0, 2]], teacher[[0, 2]], sample_weight=mask[[0, 2]].float())
