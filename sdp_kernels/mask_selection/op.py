@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sdp_kernels.checks import check_choice, check_floating
 from sdp_kernels.dispatch import choose_backend
-from sdp_kernels.mask_selection.threshold import kth_smallest
-from sdp_kernels.masked_linear.bitmask import BitMask, block_grid
+from sdp_kernels.mask_selection.packing import holds_nan, keep_highest, keep_n_of_m
+from sdp_kernels.masked_linear.bitmask import BitMask, block_grid, unpack_bits
 
-OFFERS = ("reference",)
+OFFERS = ("triton", "cpu", "reference")
 STRUCTURES = ("unstructured", "block", "n:m", "row")
 REDUCTIONS = ("sum", "mean", "max")
 
@@ -95,21 +95,19 @@ def select_mask(
     check_choice("block_reduction", block_reduction, REDUCTIONS)
     check_choice("scope", scope, ("tensor", "global"))
     _check_matrices(matrices)
-    choose_backend("select_mask", matrices, OFFERS)
+    backend = choose_backend("select_mask", matrices, OFFERS)
     if structure == "n:m":
         if sparsity is not None or block_shape is not None:
             raise ValueError(f"n:m takes no sparsity and no block_shape, got {sparsity} and {block_shape}")
-        masks = [_keep_n_of_m(index, matrix, n, m) for index, matrix in enumerate(matrices)]
+        kept = _n_of_m_words(matrices, n, m, backend)
+        masks = [BitMask(words, (each.shape[0], each.shape[1])) for words, each in zip(kept, matrices, strict=True)]
     else:
         if n is not None or m is not None:
             raise ValueError(f"n and m are for structure 'n:m', got n={n}, m={m} with {structure!r}")
         fraction = _checked_sparsity(sparsity)
         units = [_units(i, s, structure, block_shape, block_reduction) for i, s in enumerate(matrices)]
-        groups = [units] if scope == "global" else [[each] for each in units]
-        kept = [keep for group in groups for keep in _keep_highest(group, fraction)]
-        if not allow_empty:
-            _check_not_empty(kept, fraction)
-        masks = [_mask_of(keep, matrix, structure, block_shape) for keep, matrix in zip(kept, matrices, strict=True)]
+        kept = _highest_words(matrices, units, fraction, scope == "global", allow_empty, backend)
+        masks = [_mask_of(*each, structure, block_shape) for each in zip(kept, units, matrices, strict=True)]
     return masks[0] if isinstance(scores, Tensor) else masks
 
 
@@ -118,8 +116,6 @@ def _check_matrices(matrices: list[Tensor]) -> None:
         check_floating(f"scores[{index}]", matrix)
         if matrix.dim() != 2 or matrix.numel() == 0:
             raise ValueError(f"scores[{index}] must be a matrix with entries, got shape {tuple(matrix.shape)}")
-        if bool(matrix.isnan().any()):
-            raise ValueError(f"scores[{index}] of shape {tuple(matrix.shape)} holds NaN")
 
 
 def _checked_sparsity(sparsity: float | None) -> float:
@@ -128,13 +124,17 @@ def _checked_sparsity(sparsity: float | None) -> float:
     return sparsity
 
 
-def _check_not_empty(kept: list[Tensor], sparsity: float) -> None:
-    for index, keep in enumerate(kept):
-        if not bool(keep.any()):
-            raise ValueError(
-                f"scores[{index}] would lose all its {keep.numel()} units at sparsity {sparsity}; "
-                f"lower it or pass allow_empty=True"
-            )
+def _refuse_nan(index: int, matrix: Tensor) -> None:
+    if holds_nan(matrix):
+        raise ValueError(f"scores[{index}] of shape {tuple(matrix.shape)} holds NaN")
+    raise ValueError(f"scores[{index}] holds +inf and -inf in one block, whose sum is NaN")
+
+
+def _refuse_empty(index: int, units: Tensor, sparsity: float) -> None:
+    raise ValueError(
+        f"scores[{index}] would lose all its {units.numel()} units at sparsity {sparsity}; "
+        f"lower it or pass allow_empty=True"
+    )
 
 
 def _units(
@@ -154,42 +154,56 @@ def _units(
     if reduction == "max":
         return blocks.amax((1, 3))
     units = blocks.sum((1, 3), dtype=None if matrix.dtype == torch.float64 else torch.float32)
-    if bool(units.isnan().any()):
-        raise ValueError(f"scores[{index}] holds +inf and -inf in one block, whose sum is NaN")
     return units / (shape[0] * shape[1]) if reduction == "mean" else units
 
 
-def _keep_highest(units: list[Tensor], sparsity: float) -> list[Tensor]:
-    """Boolean tensors, False for exactly round(sparsity * number) of all the units."""
-    number = sum(each.numel() for each in units)
-    pruned = round(sparsity * number)
-    if pruned == 0:
-        return [torch.ones_like(each, dtype=torch.bool) for each in units]
-    threshold = kth_smallest(units, pruned)
-    kept = [each > threshold for each in units]
-    room = number - pruned - sum(int(keep.sum()) for keep in kept)  # for units equal to the threshold
-    for keep, each in zip(kept, units, strict=True):
-        if room == 0:
-            break
-        tied = (each == threshold).flatten().nonzero()[:room, 0]
-        keep.view(-1)[tied] = True
-        room -= len(tied)
-    return kept
+def _highest_words(
+    matrices: list[Tensor], units: list[Tensor], sparsity: float, together: bool, allow_empty: bool, backend: str
+) -> list[Tensor]:
+    """The words of the masks of the units, ranked all together or each matrix by itself."""
+    groups = [list(range(len(units)))] if together else [[index] for index in range(len(units))]
+    pruned = [round(sparsity * sum(units[index].numel() for index in group)) for group in groups]
+    if backend == "triton":
+        from sdp_kernels.mask_selection.kernel import keep_highest as keep_highest_triton
+
+        words, unordered = keep_highest_triton(units, groups, pruned)
+    else:
+        unordered = [holds_nan(each) for each in units]
+    for index, nan in enumerate(unordered):
+        if nan:
+            _refuse_nan(index, matrices[index])
+    if backend != "triton":
+        words = [
+            kept
+            for group, number in zip(groups, pruned, strict=True)
+            for kept in keep_highest([units[index] for index in group], number)
+        ]
+    if not allow_empty:
+        for index, full in enumerate(torch.stack([kept.any() for kept in words]).tolist()):
+            if not full:
+                _refuse_empty(index, units[index], sparsity)
+    return words
 
 
-def _keep_n_of_m(index: int, matrix: Tensor, n: int | None, m: int | None) -> BitMask:
+def _n_of_m_words(matrices: list[Tensor], n: int | None, m: int | None, backend: str) -> list[Tensor]:
     if n is None or m is None or not 0 < n <= m:
         raise ValueError(f"n:m needs 0 < n <= m, got n={n}, m={m}")
-    if matrix.shape[1] % m:
-        raise ValueError(f"scores[{index}]: m={m} must divide the columns of shape {tuple(matrix.shape)}")
-    groups = matrix.reshape(-1, m)
-    best = groups.sort(dim=1, descending=True, stable=True).indices[:, :n]
-    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True)
-    return BitMask.from_bool(keep.view(matrix.shape))
+    for index, matrix in enumerate(matrices):
+        if matrix.shape[1] % m:
+            raise ValueError(f"scores[{index}]: m={m} must divide the columns of shape {tuple(matrix.shape)}")
+        if holds_nan(matrix):
+            _refuse_nan(index, matrix)
+    if backend == "triton":
+        from sdp_kernels.mask_selection.kernel import keep_n_of_m as keep_n_of_m_triton
+
+        return [keep_n_of_m_triton(matrix, n, m) for matrix in matrices]
+    return [keep_n_of_m(matrix, n, m) for matrix in matrices]
 
 
-def _mask_of(keep: Tensor, matrix: Tensor, structure: Structure, block_shape: tuple[int, int] | None) -> BitMask:
-    if structure == "unstructured":
-        return BitMask.from_bool(keep)
+def _mask_of(
+    words: Tensor, units: Tensor, matrix: Tensor, structure: Structure, block_shape: tuple[int, int] | None
+) -> BitMask:
     shape = (matrix.shape[0], matrix.shape[1])
-    return BitMask.from_blocks(keep, block_shape or (1, shape[1]), shape)
+    if structure == "unstructured":
+        return BitMask(words, shape)
+    return BitMask.from_blocks(unpack_bits(words, units.shape[1]), block_shape or (1, shape[1]), shape)

@@ -29,4 +29,5 @@ SPEC = OpSpec(
         "rows": {"sparsity": 0.3, "structure": "row"},
         "2:4": {"structure": "n:m", "n": 2, "m": 4},
     },
+    kernel_module="sdp_kernels.mask_selection.kernel",
 )

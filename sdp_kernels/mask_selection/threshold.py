@@ -6,6 +6,7 @@ that of one chunk and the counts; every number is read once a digit, and only th
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +15,18 @@ DIGIT_VALUES = 2**16
 CHUNK_ELEMENTS = 2**20
 
 
-def kth_smallest(tensors: Sequence[Tensor], k: int) -> float:
+class Cut(NamedTuple):
+    """Where the elements to prune end: all those below the threshold and, of those equal to it, the last ones."""
+
+    threshold: float
+    kept_ties: int
+
+
+def kth_smallest(tensors: Sequence[Tensor], k: int) -> Cut:
     """The k-th smallest (from 1) of all elements; float dtypes only, no NaN, 1 <= k <= their number."""
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     found: list[int] = []  # digits of the k-th smallest, the highest first
+    ties = 0
     for _ in range(dtype.itemsize // 2):
         counts = torch.zeros(DIGIT_VALUES, dtype=torch.int64)
         for digits in _digits(tensors, dtype):
@@ -28,8 +37,9 @@ def kth_smallest(tensors: Sequence[Tensor], k: int) -> float:
         if position:
             k -= int(cumulative[position - 1])
         found.append(int(order[position]))
+        ties = int(counts[found[-1]])
     bits = torch.tensor(found[::-1], dtype=torch.int32).to(torch.int16)
-    return float(bits.view(dtype))
+    return Cut(float(bits.view(dtype)), ties - k)
 
 
 def _digits(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdp_kernels import select_mask
-from sdp_kernels.mask_selection import select_mask_reference, threshold
+from sdp_kernels import select_mask, use_backend
+from sdp_kernels.mask_selection import packing, select_mask_reference
+from sdp_kernels.mask_selection import threshold as threshold_module
 from sdp_kernels.mask_selection.threshold import kth_smallest
 
 SPARSITIES = [0.0, 0.1, 0.5, 0.9, 0.999]
@@ -16,12 +17,14 @@ SPARSITIES = [0.0, 0.1, 0.5, 0.9, 0.999]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("chunk", [7, 2**20])
 def test_kth_smallest_is_that_of_sorting(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threshold, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(threshold_module, "CHUNK_ELEMENTS", chunk)
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-42, -1e-42, 6e4, 1.0, 1.0]).to(dtype)
     tensors = [torch.randn(5, 7).to(dtype), special, (torch.randn(11) * 1e-3).to(dtype)]
     ordered = torch.cat([tensor.flatten() for tensor in tensors]).sort().values
     for k in range(1, len(ordered) + 1):
-        assert kth_smallest(tensors, k) == ordered[k - 1].item()
+        threshold, kept_ties = kth_smallest(tensors, k)
+        assert threshold == ordered[k - 1].item()
+        assert kept_ties == int((ordered[k:] == threshold).sum())
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -158,3 +161,56 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=message):
         select_mask(scores, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_kernels_rank_many_tensors(dtype: torch.dtype, scope: Any, device: torch.device, triton_backend: str) -> None:
+    """Several programs a tensor, ties of both zeros and across programs, a tensor of one row, every rank."""
+    tied = torch.randn(70, 65).round()
+    special = torch.tensor([[0.0, -0.0, torch.inf, -torch.inf, 6e-8, -6e-8, 6e4, 1.0, 1.0]])
+    scores = [each.to(device, dtype) for each in (torch.randn(9, 130), tied, -tied.T, special)]
+    for sparsity in (0.0, 0.1, 0.45, 0.9, 0.999):
+        expected = select_mask([each.cpu() for each in scores], sparsity, scope=scope, allow_empty=True)
+        with use_backend(triton_backend):
+            got = select_mask(scores, sparsity, scope=scope, allow_empty=True)
+        for mask, want in zip(got, expected, strict=True):
+            assert mask.to("cpu").equal(want)
+
+
+@pytest.mark.parametrize(("n", "m", "columns"), [(2, 4, 36), (1, 3, 99), (7, 16, 64), (5, 5, 5)])
+def test_kernels_keep_n_of_m(n: int, m: int, columns: int, device: torch.device, triton_backend: str) -> None:
+    scores = torch.randn(7, columns).mul(2).round().to(device)
+    with use_backend(triton_backend):
+        mask = select_mask(scores, structure="n:m", n=n, m=m)
+    assert torch.equal(mask.to_bool().cpu(), select_mask_reference(scores.cpu(), structure="n:m", n=n, m=m))
+
+
+def test_kernels_refuse_what_cannot_be_ranked(device: torch.device, triton_backend: str) -> None:
+    scores = [torch.ones(3, 40, device=device) for _ in range(2)]
+    with use_backend(triton_backend):
+        with pytest.raises(ValueError, match=r"scores\[1\] would lose all its 120 units"):
+            select_mask(scores, 0.5, scope="global")
+        scores[1][2, 33] = torch.nan
+        with pytest.raises(ValueError, match=r"scores\[1\] of shape \(3, 40\) holds NaN"):
+            select_mask(scores, 0.5)
+        with pytest.raises(NotImplementedError, match=r"dtype torch\.float64"):
+            select_mask(scores[0].double(), 0.5)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.7}, {"structure": "n:m", "n": 2, "m": 4}])
+def test_memory_is_that_of_a_chunk(options: dict[str, Any]) -> None:
+    """16 MiB of scores; one bool tensor of their size would be 4 MiB."""
+    scores = torch.randn(1024, 4096)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "CHUNK_ELEMENTS", 2**14)
+        patch.setattr(threshold_module, "CHUNK_ELEMENTS", 2**14)
+        mask, peak = select_mask(scores, **options), 0
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            select_mask(scores, **options)
+    held = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert mask.nbytes <= peak < scores.numel()

@@ -1,0 +1,276 @@
+"""Radix select over many tensors on a GPU, and masks written as words.
+
+A float is turned into an integer of the same order and read as digits of `BITS` bits, the highest first. For each
+digit, one kernel counts its values among the scores that agree with the digits found so far, and another finds the
+value in which the wanted rank falls. The state stays on the device: the host never waits in between. Counts are
+integers, so the order in which programs add theirs does not change the result.
+
+The mask is written with all scores equal to the threshold kept, and each program notes how many these are. The few
+programs that have one too many read their scores again.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdp_kernels.masked_linear.bitmask import words_shape
+from sdp_kernels.spec import KernelConfig
+
+BITS = 11
+BLOCK_WORDS = 32
+TILES = 8  # a program counts
+TILE_WARPS = 4
+# The digits that tell scores apart. A score in half precision becomes a float32 with zeros in its last 12 bits or more.
+DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+
+
+def keep_highest(
+    units: Sequence[Tensor], groups: Sequence[Sequence[int]], pruned: Sequence[int]
+) -> tuple[list[Tensor], list[bool]]:
+    """The words of the masks, and which of the matrices hold NaN: the only answers that the host waits for.
+
+    Args:
+        units: matrices of scores on one device.
+        groups: the matrices that are ranked together.
+        pruned: how many to prune of each group.
+    """
+    device = units[0].device
+    units = [each.detach().contiguous() for each in units]
+    digits = max(DIGITS[each.dtype] for each in units)
+    state = torch.tensor([[0, number, 0] for number in pruned], dtype=torch.int64).to(device)
+    nans = torch.zeros(len(units), dtype=torch.int32, device=device)
+    for digit in range(digits):
+        counts = torch.zeros((len(groups), 2**BITS), dtype=torch.int64, device=device)
+        for number, group in enumerate(groups):
+            for index in group:
+                words = math.prod(words_shape(units[index].shape))
+                _count_kernel[(triton.cdiv(words, BLOCK_WORDS * TILES),)](
+                    units[index],
+                    state[number],
+                    counts[number],
+                    nans[index:],
+                    words,
+                    units[index].shape[1],
+                    DIGIT=digit,
+                    BITS=BITS,
+                    BLOCK_WORDS=BLOCK_WORDS,
+                    TILES=TILES,
+                    num_warps=TILE_WARPS,
+                )
+        _digit_kernel[(len(groups),)](state, counts, DIGIT=digit, BITS=BITS)
+    packed = [unit.new_empty(words_shape(unit.shape), dtype=torch.int32) for unit in units]
+    for number, group in enumerate(groups):
+        _pack_group([units[index] for index in group], [packed[index] for index in group], state[number], digits)
+    return packed, (nans != 0).tolist()
+
+
+def _pack_group(units: Sequence[Tensor], packed: Sequence[Tensor], state: Tensor, digits: int) -> None:
+    programs = [triton.cdiv(words.numel(), BLOCK_WORDS) for words in packed]
+    ties = torch.empty(sum(programs), dtype=torch.int32, device=state.device)
+    options = {"DIGITS": digits, "BITS": BITS, "BLOCK_WORDS": BLOCK_WORDS, "num_warps": TILE_WARPS}
+    for unit, words, own in zip(units, packed, torch.split(ties, programs), strict=True):
+        _pack_kernel[(own.numel(),)](unit, state, words, own, words.numel(), unit.shape[1], **options)
+    before = ties.cumsum(0, dtype=torch.int64) - ties
+    for unit, words, own, first in zip(
+        units, packed, torch.split(ties, programs), torch.split(before, programs), strict=True
+    ):
+        _drop_ties_kernel[(own.numel(),)](unit, state, words, own, first, words.numel(), unit.shape[1], **options)
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """As packing.keep_n_of_m."""
+    scores = scores.detach().contiguous()
+    words = scores.new_empty(words_shape(scores.shape), dtype=torch.int32)
+    _n_of_m_kernel[(triton.cdiv(words.numel(), BLOCK_WORDS),)](
+        scores, words, words.numel(), scores.shape[1], n, m, BLOCK_WORDS=BLOCK_WORDS, num_warps=TILE_WARPS
+    )
+    return words
+
+
+@triton.jit
+def _places(first, words, columns, BLOCK_WORDS: tl.constexpr):
+    """(words, 32): the place of the scores of some words in memory, their column, and whether there is one."""
+    word = first + tl.arange(0, BLOCK_WORDS)
+    row_words = tl.cdiv(columns, 32)
+    column = (word % row_words * 32)[:, None] + tl.arange(0, 32)[None, :]
+    place = (word // row_words).to(tl.int64)[:, None] * columns + column
+    return place, column, (word < words)[:, None] & (column < columns)
+
+
+@triton.jit
+def _key(x):
+    """An integer without sign, of the order of the floats; the same for both zeros."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.constexpr_function
+def _length(digit, bits):
+    """Bits of a digit: the last of three is shorter."""
+    return min(bits, 32 - digit * bits)
+
+
+@triton.jit
+def _leading_digits(x, DIGITS: tl.constexpr, BITS: tl.constexpr):
+    """The first digits of the key; the last one is a bit short if they are all."""
+    key = _key(x)
+    if DIGITS * BITS < 32:
+        key = key >> (32 - DIGITS * BITS)
+    return key.to(tl.int64)
+
+
+@triton.jit
+def _word(keep):
+    """(words, 32) bool -> (words,) int32."""
+    return tl.sum(keep.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
+
+
+@triton.jit
+def _count_kernel(
+    scores,  # (rows, columns)
+    state,  # (3,) int64: digits found, rank among the scores that begin with them, how many these are
+    counts,  # (2**BITS,) int64, added to
+    nans,  # one int32, added to
+    words,  # of the mask
+    columns,
+    DIGIT: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    found = tl.load(state)
+    counted = tl.zeros((2**BITS,), tl.int32)
+    strange = tl.zeros((BLOCK_WORDS,), tl.int32)
+    for tile in range(0, TILES):
+        first = (tl.program_id(0) * TILES + tile) * BLOCK_WORDS
+        place, _column, inside = _places(first, words, columns, BLOCK_WORDS)
+        x = tl.load(scores + place, mask=inside, other=0.0).to(tl.float32)
+        if DIGIT == 0:
+            strange += tl.sum((x != x).to(tl.int32), 1)
+        last: tl.constexpr = _length(DIGIT, BITS)
+        leading = _leading_digits(x, DIGIT + 1, BITS)
+        chosen = inside & ((leading >> last) == found)
+        value = (leading & (2**last - 1)).to(tl.int32)
+        counted += tl.histogram(
+            tl.reshape(value, (BLOCK_WORDS * 32,)), 2**BITS, mask=tl.reshape(chosen, (BLOCK_WORDS * 32,))
+        )
+    tl.atomic_add(counts + tl.arange(0, 2**BITS), counted.to(tl.int64), mask=counted > 0)
+    if DIGIT == 0:
+        total = tl.sum(strange)
+        tl.atomic_add(nans, total, mask=total > 0)
+
+
+@triton.jit
+def _digit_kernel(
+    state,  # (groups, 3) int64
+    counts,  # (groups, 2**BITS) int64
+    DIGIT: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    group = tl.program_id(0)
+    state += 3 * group
+    value = tl.arange(0, 2**BITS)
+    counted = tl.load(counts + group * 2**BITS + value)
+    rank = tl.load(state + 1)
+    below = tl.cumsum(counted, 0) < rank
+    digit = tl.sum(below.to(tl.int64))
+    tl.store(state, (tl.load(state) << _length(DIGIT, BITS)) | digit)
+    tl.store(state + 1, rank - tl.sum(tl.where(below, counted, 0)))
+    tl.store(state + 2, tl.sum(tl.where(value == digit, counted, 0)))
+
+
+@triton.jit
+def _pack_kernel(
+    scores,  # (rows, columns)
+    state,  # (3,) int64
+    packed,  # (rows, words of a row) int32
+    ties,  # (programs,) int32
+    words,
+    columns,
+    DIGITS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    place, _column, inside = _places(program * BLOCK_WORDS, words, columns, BLOCK_WORDS)
+    key = _leading_digits(tl.load(scores + place, mask=inside, other=0.0), DIGITS, BITS)
+    threshold = tl.load(state)
+    word = program * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    tl.store(packed + word, _word(inside & (key >= threshold)), mask=word < words)
+    tl.store(ties + program, tl.sum((inside & (key == threshold)).to(tl.int32)))
+
+
+@triton.jit
+def _drop_ties_kernel(
+    scores,  # (rows, columns)
+    state,  # (3,) int64
+    packed,  # (rows, words of a row) int32
+    ties,  # (programs,) int32
+    before,  # (programs,) int64: ties of all programs before
+    words,
+    columns,
+    DIGITS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    room = tl.load(state + 2) - tl.load(state + 1) - tl.load(before + program)
+    own = tl.load(ties + program)
+    if own == 0 or own <= room:
+        return
+    place, _column, inside = _places(program * BLOCK_WORDS, words, columns, BLOCK_WORDS)
+    key = _leading_digits(tl.load(scores + place, mask=inside, other=0.0), DIGITS, BITS)
+    threshold = tl.load(state)
+    tied = tl.reshape((inside & (key == threshold)).to(tl.int32), (BLOCK_WORDS * 32,))
+    number = tl.reshape(tl.cumsum(tied, 0), (BLOCK_WORDS, 32))  # of the tie, from 1
+    keep = inside & ((key > threshold) | ((key == threshold) & (number <= room)))
+    word = program * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    tl.store(packed + word, _word(keep), mask=word < words)
+
+
+@triton.jit
+def _n_of_m_kernel(
+    scores,  # (rows, columns)
+    packed,  # (rows, words of a row) int32
+    words,
+    columns,
+    n,
+    m,
+    BLOCK_WORDS: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_WORDS
+    place, column, inside = _places(first, words, columns, BLOCK_WORDS)
+    own = _key(tl.load(scores + place, mask=inside, other=0.0))
+    within = column % m
+    better = tl.zeros((BLOCK_WORDS, 32), tl.int32)
+    for other in range(0, m):
+        key = _key(tl.load(scores + place - within + other, mask=inside, other=0.0))
+        better += ((key > own) | ((key == own) & (other < within))).to(tl.int32)
+    word = first + tl.arange(0, BLOCK_WORDS)
+    tl.store(packed + word, _word(inside & (better < n)), mask=word < words)
+
+
+def configurations() -> Iterator[KernelConfig]:
+    """Every kernel for each dtype of the scores."""
+    types = dict.fromkeys(("state", "counts", "before"), "*i64") | dict.fromkeys(("nans", "packed", "ties"), "*i32")
+    types |= dict.fromkeys(("words", "columns", "n", "m"), "i32")
+    tile = {"BLOCK_WORDS": BLOCK_WORDS}
+    for digit in range(max(DIGITS.values())):
+        yield KernelConfig(_digit_kernel, types, {"DIGIT": digit, "BITS": BITS})
+    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        typed = types | {"scores": f"*{name}"}
+        digits = DIGITS[dtype]
+        for digit in range(digits):
+            constants = {"DIGIT": digit, "BITS": BITS, "TILES": TILES, **tile}
+            yield KernelConfig(_count_kernel, typed, constants, TILE_WARPS)
+        for kernel in (_pack_kernel, _drop_ties_kernel):
+            yield KernelConfig(kernel, typed, {"DIGITS": digits, "BITS": BITS, **tile}, TILE_WARPS)
+        yield KernelConfig(_n_of_m_kernel, typed, tile, TILE_WARPS)
