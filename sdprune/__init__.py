@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdprune.config import SDPruneConfig as SDPruneConfig
     from sdprune.deployment.export import export as export
+    from sdprune.deployment.plan import plan as plan
     from sdprune.deployment.sparse_linear import BlockSparseLinear as BlockSparseLinear
     from sdprune.masking.layers import MaskedLinear as MaskedLinear
     from sdprune.pipelines.self_distilled import PruneResult as PruneResult
@@ -26,6 +27,7 @@ _HOMES = {
     "SDPruneConfig": "sdprune.config",
     "SDPruneTrainer": "sdprune.training.trainer",
     "export": "sdprune.deployment.export",
+    "plan": "sdprune.deployment.plan",
     "prune": "sdprune.pipelines.self_distilled",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "SDPruneConfig",
     "SDPruneTrainer",
     "export",
+    "plan",
     "prune",
 ]
 

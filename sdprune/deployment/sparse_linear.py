@@ -220,9 +220,7 @@ class NarrowLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
         """Drop the rows and columns of a dense layer that are all zero; the bias is shared."""
-        weight = linear.weight.detach()
-        if isinstance(linear, MaskedLinear):
-            weight = weight.masked_fill(~linear.bit_mask.to_bool(), 0)
+        weight = pruned_weight(linear)
         kept = weight != 0
         columns, rows = kept.any(0).nonzero()[:, 0], kept.any(1).nonzero()[:, 0]
         narrow = nn.Parameter(weight[rows][:, columns].contiguous(), requires_grad=linear.weight.requires_grad)
@@ -270,6 +268,12 @@ class NarrowLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"kept={tuple(self.weight.shape)}, density={self.density:.4f}"
         )
+
+
+def pruned_weight(linear: nn.Linear) -> Tensor:
+    """Return the weight with its zeros, also of a masked layer that keeps the values under them; detached."""
+    weight = linear.weight.detach()
+    return weight.masked_fill(~linear.bit_mask.to_bool(), 0) if isinstance(linear, MaskedLinear) else weight
 
 
 def _checked_shape(block_shape: Any) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def test_importing_sdprune_is_cheap():
 
 def test_public_names():
     names = ["BlockSparseLinear", "MaskedLinear", "PruneResult", "SDPruneCallback", "SDPruneConfig", "SDPruneTrainer"]
-    names += ["export", "prune"]
+    names += ["export", "plan", "prune"]
     assert sdprune.__all__ == names
     assert dir(sdprune) == names
     for name in names:
