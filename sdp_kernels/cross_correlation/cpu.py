@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.checks import compute_dtype
-from sdp_kernels.cross_correlation.forms import Options, column_products, gram_products, matrix_products
+from sdp_kernels.cross_correlation.forms import Options, chunk_rows, column_products, gram_products, matrix_products
 
 DEAD_EPSILONS = 16  # a feature is dead if its centred norm is below this many machine epsilons of its raw norm
 
@@ -17,7 +17,6 @@ class Columns(NamedTuple):
     left: Tensor  # (batch, dim): the student's unit columns, less the teacher's if the teacher is the target
     right: Tensor  # (batch, dim): the teacher's unit columns
     inverse_norms: Tensor  # (2, dim): of the student's and the teacher's columns; 0 for dead features
-    diagonal: Tensor  # (dim,): column by column inner product of left and right
 
 
 def loss_and_gradients(
@@ -25,9 +24,10 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the gradients asked for (the others empty), in the compute dtype."""
     weight, residual = options.weight, options.residual
-    left, right, inverse_norms, diagonal = normalise(
-        student, teacher, sample_weight, options.center, residual, options.eps
-    )
+    left, right, inverse_norms = normalise(student, teacher, sample_weight, options.center, residual, options.eps)
+    if options.form == "matrix" and not residual:
+        return _through_matrix(left, right, inverse_norms, sample_weight, options)
+    diagonal = column_products(left, right)
     if options.form == "gram":
         products = gram_products(left, right, diagonal, weight, options.teacher_gradient)
     else:
@@ -50,17 +50,62 @@ def loss_and_gradients(
     return loss, student_result, teacher_result
 
 
+def _through_matrix(
+    left: Tensor, right: Tensor, inverse_norms: Tensor, sample_weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The identity target through C, with little but the products on (batch, dim) tensors.
+
+    With G = dL/dC, the gradient by the student's unit columns is right @ G.T, and its part along column i is
+    sum_j C_ij G_ij: going back through the norm needs C only. For the teacher it is the same with columns of C.
+    """
+    weight, dim = options.weight, left.shape[1]
+    loss = left.new_zeros(())
+    student_result = torch.empty_like(left) if options.student_gradient else left.new_empty(0)
+    teacher_result = torch.zeros_like(right) if options.teacher_gradient else left.new_empty(0)
+    teacher_along = left.new_zeros(dim)
+    for start in range(0, dim, chunk_rows(dim)):
+        rows = slice(start, min(start + chunk_rows(dim), dim))
+        correlation = left[:, rows].T @ right
+        diagonal = correlation.diagonal(start)
+        slope = (diagonal - 1).mul_(2)
+        loss += slope.dot(slope) / 4
+        along = slope * diagonal
+        teacher_along[rows] += along
+        diagonal.zero_()
+        squares = torch.linalg.vector_norm(correlation, dim=1).square_().mul_(weight)
+        loss += squares.sum()
+        along.add_(squares, alpha=2)
+        if options.teacher_gradient:
+            teacher_along.add_(column_products(correlation, correlation), alpha=2 * weight)
+        correlation.mul_(2 * weight)  # becomes G
+        diagonal.copy_(slope)
+        if options.teacher_gradient:
+            teacher_result.addmm_(left[:, rows], correlation)
+        if options.student_gradient:
+            inverse = inverse_norms[0, rows]
+            torch.mm(right, correlation.mul_(inverse[:, None]).T, out=student_result[:, rows])
+            student_result[:, rows].addcmul_(left[:, rows], along.mul_(inverse), value=-1)
+    if options.teacher_gradient:
+        teacher_result.addcmul_(right, teacher_along, value=-1).mul_(inverse_norms[1])
+    if sample_weight is not None:
+        root = sample_weight.to(left.dtype).clamp_min(0).sqrt()[:, None]
+        for result in (student_result, teacher_result):
+            if result.numel():
+                result.mul_(root)
+    return loss, student_result, teacher_result
+
+
 def normalise(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, center: bool, residual: bool, eps: float
 ) -> Columns:
-    """Centre and scale the columns of both inputs to unit norm and take their inner products."""
+    """Centre and scale the columns of both inputs to unit norm."""
     dtype = compute_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
     found = _unit_columns_in_one_pass(student, teacher, eps) if center and sample_weight is None and eps > 0 else None
     left, right, inverse = found or _unit_columns(student, teacher, sample_weight, center, eps)
     if residual:
         left.sub_(right)
-    return Columns(left, right, inverse, column_products(left, right))
+    return Columns(left, right, inverse)
 
 
 def _unit_columns_in_one_pass(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor] | None:
