@@ -14,28 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdp_kernels.cross_correlation import kernel_small
+from sdp_kernels.cross_correlation import kernel_columns, kernel_small
 from sdp_kernels.cross_correlation.forms import Options, chunk_rows
+from sdp_kernels.cross_correlation.kernel_columns import BLOCK_BATCH, BLOCK_DIM, normalise, row_chunks
 from sdp_kernels.cross_correlation.kernel_tiles import (
-    DEAD_LIMIT,
-    inverse_norm,
-    load_rows,
     load_tile,
     load_units,
-    product_dtype,
     result_like,
     slope_of,
     store_tile,
     through_norm,
-    tile_statistics,
     types_of,
-    unit_columns,
 )
 from sdp_kernels.spec import KernelConfig
 
-BLOCK_BATCH, BLOCK_DIM = 32, 64  # one tile of a strip
-PROGRAMS = 512  # enough to fill a large device
-ROW_CHUNKS = 32  # at most: each costs its readers one more partial sum
 LOSS_ROWS, LOSS_COLUMNS = 32, 128  # one tile of C
 
 
@@ -51,13 +43,6 @@ def loss_and_gradients(
     return compute(student, teacher, sample_weight, options)
 
 
-def row_chunks(batch: int, dim: int) -> tuple[int, int]:
-    """Number of chunks that the rows are cut into, and rows a chunk."""
-    wanted = min(triton.cdiv(PROGRAMS, triton.cdiv(dim, BLOCK_DIM)), ROW_CHUNKS)
-    rows = triton.cdiv(triton.cdiv(batch, wanted), BLOCK_BATCH) * BLOCK_BATCH
-    return triton.cdiv(batch, rows), rows
-
-
 def _loss_and_gradients(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,34 +51,8 @@ def _loss_and_gradients(
     chunks, rows = row_chunks(batch, dim)
     strips = triton.cdiv(dim, BLOCK_DIM)
     grid = (strips, chunks)
-    left = torch.empty_like(student, dtype=product_dtype(student, teacher))
-    right = torch.empty_like(left)
-    statistics = student.new_empty(chunks, 5, dim, dtype=torch.float32)
-    sums = statistics.new_empty(chunks, 4, dim)  # diagonal, squares, along the student's and the teacher's columns
-    columns = sums.new_empty(4, dim)  # mean and inverse norm of the student's columns, of the teacher's
+    left, right, columns, sums = normalise(student, teacher, sample_weight, options)
     share = student if sample_weight is None else sample_weight
-    weighted = {"HAS_WEIGHT": sample_weight is not None, "BLOCK_BATCH": BLOCK_BATCH, "BLOCK_DIM": BLOCK_DIM}
-
-    _statistics_kernel[grid](student, teacher, share, statistics, batch, dim, rows, CENTER=options.center, **weighted)
-    _normalise_kernel[grid](
-        student,
-        teacher,
-        share,
-        statistics,
-        left,
-        right,
-        columns,
-        sums,
-        batch,
-        dim,
-        rows,
-        chunks,
-        options.eps,
-        DEAD_LIMIT,
-        CENTER=options.center,
-        RESIDUAL=options.residual,
-        **weighted,
-    )
 
     student_product, teacher_product = sums, sums  # read only if they are made below
     need_student = options.student_gradient or (options.teacher_gradient and options.residual)
@@ -129,6 +88,9 @@ def _loss_and_gradients(
         "GRAM": gram,
         "STUDENT": options.student_gradient,
         "TEACHER": options.teacher_gradient,
+        "HAS_WEIGHT": sample_weight is not None,
+        "BLOCK_BATCH": BLOCK_BATCH,
+        "BLOCK_DIM": BLOCK_DIM,
     }
     if gram or options.student_gradient or options.teacher_gradient:
         _along_kernel[grid](
@@ -145,7 +107,6 @@ def _loss_and_gradients(
             chunks,
             options.weight,
             **flags,
-            **weighted,
         )
     student_result = result_like(student, options.student_gradient)
     teacher_result = result_like(teacher, options.teacher_gradient)
@@ -166,118 +127,8 @@ def _loss_and_gradients(
         chunks,
         options.weight,
         **flags,
-        **weighted,
     )
     return loss_parts.sum(), student_result, teacher_result
-
-
-@triton.jit
-def _merge(count, mean, squares, other_count, other_mean, other_squares):
-    """Mean and sum of squares about it of two sets together, without cancellation (Chan et al. 1979)."""
-    total = count + other_count
-    part = other_count / tl.maximum(total, 1e-37)
-    difference = other_mean - mean
-    return total, mean + difference * part, squares + other_squares + difference * difference * count * part
-
-
-@triton.jit
-def _statistics_kernel(
-    student,  # (batch, dim)
-    teacher,  # (batch, dim)
-    sample_weight,  # (batch,), read if HAS_WEIGHT
-    statistics,  # (chunks, 5, dim) float32: weight; mean and squares about it of the student, of the teacher
-    batch,
-    dim,
-    chunk_rows,
-    CENTER: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    BLOCK_BATCH: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    column = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    chunk = tl.program_id(1)
-    count = tl.zeros((BLOCK_DIM,), tl.float32)
-    student_mean = tl.zeros((BLOCK_DIM,), tl.float32)
-    student_squares = tl.zeros((BLOCK_DIM,), tl.float32)
-    teacher_mean = tl.zeros((BLOCK_DIM,), tl.float32)
-    teacher_squares = tl.zeros((BLOCK_DIM,), tl.float32)
-    for start in range(chunk * chunk_rows, tl.minimum((chunk + 1) * chunk_rows, batch), BLOCK_BATCH):
-        row = start + tl.arange(0, BLOCK_BATCH)
-        s, share = load_rows(student, sample_weight, row, column, batch, dim, HAS_WEIGHT)
-        t, share = load_rows(teacher, sample_weight, row, column, batch, dim, HAS_WEIGHT)
-        total, mean, squares = tile_statistics(s, share, CENTER)
-        _, student_mean, student_squares = _merge(count, student_mean, student_squares, total, mean, squares)
-        total, mean, squares = tile_statistics(t, share, CENTER)
-        count, teacher_mean, teacher_squares = _merge(count, teacher_mean, teacher_squares, total, mean, squares)
-    out = statistics + chunk * 5 * dim + column
-    inside = column < dim
-    tl.store(out, count, mask=inside)
-    tl.store(out + dim, student_mean, mask=inside)
-    tl.store(out + 2 * dim, student_squares, mask=inside)
-    tl.store(out + 3 * dim, teacher_mean, mask=inside)
-    tl.store(out + 4 * dim, teacher_squares, mask=inside)
-
-
-@triton.jit
-def _normalise_kernel(
-    student,  # (batch, dim)
-    teacher,  # (batch, dim)
-    sample_weight,  # (batch,), read if HAS_WEIGHT
-    statistics,  # (chunks, 5, dim) float32
-    left,  # (batch, dim): unit student columns, less the teacher's if RESIDUAL
-    right,  # (batch, dim): unit teacher columns
-    columns,  # (4, dim) float32: mean and inverse norm of the student's columns, of the teacher's
-    sums,  # (chunks, 4, dim) float32: [:, 0] becomes the diagonal
-    batch,
-    dim,
-    chunk_rows,
-    chunks,
-    eps,
-    dead_limit,
-    CENTER: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    BLOCK_BATCH: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    column = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    chunk = tl.program_id(1)
-    inside = column < dim
-    count = tl.zeros((BLOCK_DIM,), tl.float32)
-    student_mean = tl.zeros((BLOCK_DIM,), tl.float32)
-    student_squares = tl.zeros((BLOCK_DIM,), tl.float32)
-    teacher_mean = tl.zeros((BLOCK_DIM,), tl.float32)
-    teacher_squares = tl.zeros((BLOCK_DIM,), tl.float32)
-    for other in range(0, chunks):
-        part = statistics + other * 5 * dim + column
-        total = tl.load(part, mask=inside, other=0.0)
-        mean = tl.load(part + dim, mask=inside, other=0.0)
-        squares = tl.load(part + 2 * dim, mask=inside, other=0.0)
-        _, student_mean, student_squares = _merge(count, student_mean, student_squares, total, mean, squares)
-        mean = tl.load(part + 3 * dim, mask=inside, other=0.0)
-        squares = tl.load(part + 4 * dim, mask=inside, other=0.0)
-        count, teacher_mean, teacher_squares = _merge(count, teacher_mean, teacher_squares, total, mean, squares)
-    student_inverse = inverse_norm(student_squares, student_mean, count, eps, dead_limit)
-    teacher_inverse = inverse_norm(teacher_squares, teacher_mean, count, eps, dead_limit)
-    if chunk == 0:
-        tl.store(columns + column, student_mean, mask=inside)
-        tl.store(columns + dim + column, student_inverse, mask=inside)
-        tl.store(columns + 2 * dim + column, teacher_mean, mask=inside)
-        tl.store(columns + 3 * dim + column, teacher_inverse, mask=inside)
-
-    diagonal = tl.zeros((BLOCK_DIM,), tl.float32)
-    for start in range(chunk * chunk_rows, tl.minimum((chunk + 1) * chunk_rows, batch), BLOCK_BATCH):
-        row = start + tl.arange(0, BLOCK_BATCH)
-        s, share = load_rows(student, sample_weight, row, column, batch, dim, HAS_WEIGHT)
-        t, share = load_rows(teacher, sample_weight, row, column, batch, dim, HAS_WEIGHT)
-        s = unit_columns(s, share, student_mean, student_inverse)
-        t = unit_columns(t, share, teacher_mean, teacher_inverse)
-        if RESIDUAL:
-            s = s - t
-        diagonal += tl.sum(s * t, 0)
-        store_tile(left, s, row, column, batch, dim)
-        store_tile(right, t, row, column, batch, dim)
-    tl.store(sums + chunk * 4 * dim + column, diagonal, mask=inside)
 
 
 @triton.jit
@@ -477,12 +328,10 @@ def configurations() -> Iterator[KernelConfig]:
         types = types_of(dtype)
         blocks = {"BLOCK_BATCH": BLOCK_BATCH, "BLOCK_DIM": BLOCK_DIM}
         for wide in (True, False):
-            columns = {"HAS_WEIGHT": wide, "CENTER": True, **blocks}
             flags = {"RESIDUAL": wide, "STUDENT": True, "TEACHER": wide, "GRAM": wide, "HAS_WEIGHT": wide, **blocks}
-            yield KernelConfig(_statistics_kernel, types, columns)
-            yield KernelConfig(_normalise_kernel, types, {"RESIDUAL": wide, **columns})
             yield KernelConfig(_along_kernel, types, flags)
             yield KernelConfig(_gradient_kernel, types, flags)
         constants = {"BLOCK_ROWS": LOSS_ROWS, "BLOCK_COLUMNS": LOSS_COLUMNS}
         yield KernelConfig(_correlation_loss_kernel, types, constants)
+    yield from kernel_columns.configurations()
     yield from kernel_small.configurations()

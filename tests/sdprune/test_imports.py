@@ -26,13 +26,13 @@ def run(code: str) -> str:
 
 
 def test_importing_sdprune_is_cheap():
-    """At most what `import torch, transformers.quantizers` costs plus 0.2 s; none of the heavy packages."""
+    """At most 0.2 s after torch, and none of the heavy packages."""
     found = run(
         "import time, torch; start = time.perf_counter(); import sdprune; took = time.perf_counter() - start; "
         f"import sys; print(took, *[name for name in {HEAVY!r} if name in sys.modules])"
     ).split()
     assert found[1:] == []
-    assert float(found[0]) < 0.2 + 2.0  # transformers.quantizers alone takes more than 2 s
+    assert float(found[0]) < 0.2
 
 
 def test_public_names():
