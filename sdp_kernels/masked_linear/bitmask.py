@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdp_kernels.masked_linear.blocks import SMALLEST_SIDE, ActiveBlocks
+
 WORD_BITS = 32
 _GATHER_BITS = 0x0102040810204080  # times eight 0/1 bytes: their bits, in order, in the top byte
 
@@ -22,11 +24,14 @@ class BitMask:
         words: (rows, ceil(columns / 32)) int32.
         shape: (rows, columns) of the weight.
         block_shape: (rows, columns) of the blocks that are kept or pruned as a whole, or None.
+        lists: the kept blocks, which products walk along; made with the mask for blocks whose sides are 16 or
+            more, otherwise None.
     """
 
     words: Tensor
     shape: tuple[int, int]
     block_shape: tuple[int, int] | None = None
+    lists: ActiveBlocks | None = None
 
     @classmethod
     def from_bool(cls, mask: Tensor, *, block_shape: tuple[int, int] | None = None) -> "BitMask":
@@ -45,9 +50,11 @@ class BitMask:
             return cls(pack_bits(mask), shape)
         rows, columns = block_grid(shape, block_shape)
         blocks = mask.view(rows, block_shape[0], columns, block_shape[1])
-        if not torch.equal(blocks.all(3).all(1), blocks.any(3).any(1)):
+        keep = blocks.all(3).all(1)
+        if not torch.equal(keep, blocks.any(3).any(1)):
             raise ValueError(f"mask must keep or prune blocks of shape {tuple(block_shape)} as a whole")
-        return cls(pack_bits(mask), shape, (block_shape[0], block_shape[1]))
+        sides = (block_shape[0], block_shape[1])
+        return cls(pack_bits(mask), shape, sides, _lists(keep, sides))
 
     @classmethod
     def from_blocks(cls, blocks: Tensor, block_shape: tuple[int, int], shape: tuple[int, int]) -> "BitMask":
@@ -59,9 +66,9 @@ class BitMask:
         grid = block_grid(shape, block_shape)
         if tuple(blocks.shape) != grid:
             raise ValueError(f"blocks must have shape {grid}, got {tuple(blocks.shape)}")
-        mask = blocks.bool().repeat_interleave(block_shape[1], 1)
-        words = pack_bits(mask).repeat_interleave(block_shape[0], 0)
-        return cls(words, (shape[0], shape[1]), (block_shape[0], block_shape[1]))
+        keep, sides = blocks.bool(), (block_shape[0], block_shape[1])
+        words = pack_bits(keep.repeat_interleave(sides[1], 1)).repeat_interleave(sides[0], 0)
+        return cls(words, (shape[0], shape[1]), sides, _lists(keep, sides))
 
     def to_bool(self) -> Tensor:
         """The mask as a boolean matrix, True where kept."""
@@ -88,8 +95,8 @@ class BitMask:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the words."""
-        return self.words.nbytes
+        """Memory of the words and the lists."""
+        return self.words.nbytes + (0 if self.lists is None else self.lists.nbytes)
 
     def equal(self, other: "BitMask") -> bool:
         """Whether both keep the same weights of the same shape; block shapes are not compared."""
@@ -97,7 +104,24 @@ class BitMask:
 
     def to(self, device: torch.device | str) -> "BitMask":
         """The mask on another device."""
-        return BitMask(self.words.to(device), self.shape, self.block_shape)
+        lists = None if self.lists is None else self.lists.to(device)
+        return BitMask(self.words.to(device), self.shape, self.block_shape, lists)
+
+    def copy_(self, other: "BitMask") -> None:
+        """Take over another mask in place, so that compiled code and CUDA graphs go on with the new one.
+
+        Raises:
+            ValueError: shapes or block shapes differ, or only one of the two has lists.
+        """
+        for name in ("shape", "block_shape"):
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine != its:
+                raise ValueError(f"other must have {name} {mine}, got {its}")
+        if (self.lists is None) != (other.lists is None):
+            raise ValueError("other must have lists if and only if this mask has")
+        self.words.copy_(other.words)
+        if self.lists is not None and other.lists is not None:
+            self.lists.copy_(other.lists)
 
 
 torch.export.register_dataclass(BitMask, serialized_type_name="sdp_kernels.BitMask")
@@ -113,6 +137,10 @@ def block_grid(shape: tuple[int, ...], block_shape: tuple[int, int]) -> tuple[in
     if rows < 1 or columns < 1 or shape[0] % rows or shape[1] % columns:
         raise ValueError(f"block_shape {tuple(block_shape)} must divide the shape {tuple(shape)}")
     return shape[0] // rows, shape[1] // columns
+
+
+def _lists(keep: Tensor, block_shape: tuple[int, int]) -> ActiveBlocks | None:
+    return ActiveBlocks.from_grid(keep) if min(block_shape) >= SMALLEST_SIDE else None
 
 
 def words_shape(shape: tuple[int, ...]) -> tuple[int, int]:

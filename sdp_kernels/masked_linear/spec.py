@@ -31,4 +31,5 @@ SPEC = OpSpec(
     ),
     grad_args=("input", "weight", "bias"),
     variants={"default": {}, "dense gradient": {"gradient": "dense"}},
+    kernel_module="sdp_kernels.masked_linear.kernel",
 )

@@ -11,7 +11,7 @@ from sdp_kernels.masked_linear.bitmask import BitMask
 from sdp_kernels.masked_linear.masking import mask_
 from sdp_kernels.masked_linear.op import check_mask
 
-OFFERS = ("reference",)
+OFFERS = ("triton", "cpu", "reference")
 
 
 @torch.no_grad()
@@ -33,7 +33,25 @@ def zero_(weights: Tensor | Sequence[Tensor], masks: Tensor | BitMask | Sequence
     for index, (weight, mask) in enumerate(zip(weight_list, mask_list, strict=True)):
         check_floating(f"weights[{index}]", weight)
         check_mask(f"masks[{index}]", mask, weight)
-    choose_backend("zero_", weight_list, OFFERS)
+    if choose_backend("zero_", weight_list, OFFERS) == "triton":
+        _zero_tensors_(
+            [weight.detach() for weight in weight_list],
+            [mask.words if isinstance(mask, BitMask) else mask for mask in mask_list],
+        )
+        return
     for weight, mask in zip(weight_list, mask_list, strict=True):
         keep = mask.to_bool() if isinstance(mask, BitMask) else mask
         mask_(weight.detach(), keep)
+
+
+@torch.library.custom_op("sdp_kernels::zero_", mutates_args=("weights",))
+def _zero_tensors_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """All weights in one launch; an operator, so that autograd and compiled code know that they change."""
+    from sdp_kernels.masked_linear.kernel_zero import zero_in_place
+
+    zero_in_place(weights, masks)
+
+
+@_zero_tensors_.register_fake
+def _(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    pass

@@ -1,6 +1,7 @@
 """Packing of masks: exact for any shape, cheap to build, a pytree."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -96,3 +97,46 @@ def test_bad_arguments() -> None:
         BitMask.from_blocks(torch.ones(3, 2).bool(), (2, 2), (4, 4))
     with pytest.raises(ValueError, match="block_shape is None"):
         BitMask.from_bool(torch.ones(4, 4).bool()).to_blocks()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_lists_of_blocks(density: float) -> None:
+    """Rows in order and columns in order, with room for all blocks, from either constructor."""
+    grid = torch.rand(4, 7) < density
+    packed = BitMask.from_blocks(grid, (16, 32), (64, 224))
+    assert packed.lists is not None
+    for keep, offsets, neighbours in (
+        (grid, packed.lists.crow_indices, packed.lists.col_indices),
+        (grid.T, packed.lists.ccol_indices, packed.lists.row_indices),
+    ):
+        assert offsets.dtype == neighbours.dtype == torch.int32
+        assert neighbours.numel() == grid.numel()
+        assert offsets[0] == 0
+        assert offsets[-1] == grid.sum()
+        for line, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            assert neighbours[start:end].tolist() == keep[line].nonzero()[:, 0].tolist()
+    again = BitMask.from_bool(packed.to_bool(), block_shape=(16, 32))
+    assert again.lists is not None
+    assert torch.equal(again.lists.col_indices, packed.lists.col_indices)
+    assert packed.nbytes == 4 * packed.words.numel() + 4 * (5 + 8 + 2 * 28)
+    assert packed.to("cpu").lists is not None
+
+
+def test_small_blocks_have_no_lists() -> None:
+    assert BitMask.from_blocks(torch.eye(2).bool(), (8, 32), (16, 64)).lists is None
+    assert BitMask.from_bool(torch.ones(16, 16).bool()).lists is None
+
+
+def test_copy_in_place() -> None:
+    first, second = (BitMask.from_blocks(torch.rand(4, 7) < 0.5, (16, 16), (64, 112)) for _ in range(2))
+    assert first.lists is not None
+    assert second.lists is not None
+    places = [first.words.data_ptr(), first.lists.col_indices.data_ptr()]
+    first.copy_(second)
+    assert first.equal(second)
+    assert torch.equal(first.lists.row_indices, second.lists.row_indices)
+    assert [first.words.data_ptr(), first.lists.col_indices.data_ptr()] == places
+    with pytest.raises(ValueError, match=r"other must have block_shape \(16, 16\), got None"):
+        first.copy_(BitMask.from_bool(second.to_bool()))
+    with pytest.raises(ValueError, match="other must have lists if and only if this mask has"):
+        first.copy_(BitMask(second.words, second.shape, second.block_shape))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdp_kernels import BitMask, masked_linear, zero_
-from sdp_kernels.masked_linear import masking
+from sdp_kernels import BitMask, masked_linear, use_backend, zero_
+from sdp_kernels.masked_linear import cpu, masking, op
 from sdp_kernels.masked_linear.reference import masked_linear_reference
 
 
@@ -124,7 +124,8 @@ def test_operator_is_registered_rightly(packed: bool, with_extras: bool) -> None
     gate = torch.ones(3, 4, requires_grad=True)
     arguments = (input, weight, words, bias if with_extras else None, gate if with_extras else None)
     for dense, dtype in ((False, None), (True, torch.bfloat16)):
-        torch.library.opcheck(torch.ops.sdp_kernels.masked_linear, (*arguments, dense, dtype), atol=1e-2, rtol=1e-2)
+        rest = ([], 0, 0, dense, dtype, "cpu")
+        torch.library.opcheck(torch.ops.sdp_kernels.masked_linear, (*arguments, *rest), atol=1e-2, rtol=1e-2)
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -212,3 +213,195 @@ def test_zero_rejects_unpaired_masks() -> None:
         zero_([torch.ones(2, 2)] * 2, [torch.ones(2, 2).bool()])
     with pytest.raises(ValueError, match=r"masks\[1\] must have shape \(2, 3\), got \(2, 2\)"):
         zero_([torch.ones(2, 2), torch.ones(2, 3)], [torch.ones(2, 2).bool()] * 2)
+
+
+def blocks_problem(
+    block_shape: tuple[int, int], grid: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, BitMask, Tensor]:
+    """Input, weight, a mask of blocks of which the first row and the last column are empty, and bias."""
+    keep = torch.rand(grid) < 0.4
+    keep[0], keep[:, -1] = False, False
+    shape = grid[0] * block_shape[0], grid[1] * block_shape[1]
+    input, weight, bias = torch.randn(tokens, shape[1]), torch.randn(shape), torch.randn(shape[0])
+    leaves = [tensor.to(device, dtype).requires_grad_() for tensor in (input, weight, bias)]
+    return leaves[0], leaves[1], BitMask.from_blocks(keep, block_shape, shape).to(device), leaves[2]
+
+
+def results(call: Any, leaves: tuple[Tensor, ...], **options: Any) -> list[Tensor]:
+    """Output and gradients."""
+    output = call(**options)
+    cotangent = torch.linspace(0.5, 1.5, output.numel(), device=output.device).view(output.shape).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
+
+
+def assert_near_truth(got: list[Tensor], truth: list[Tensor]) -> None:
+    for result, true in zip(got, truth, strict=True):
+        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(result.dtype, 1e-12)
+        assert result.isfinite().all()
+        assert (result.double() - true).abs().max() <= tolerance * true.abs().max().clamp_min(1e-3)
+
+
+BLOCKS = [((16, 16), (3, 5), 5), ((32, 16), (4, 3), 70), ((64, 128), (3, 2), 1), ((32, 32), (5, 3), 19)]
+
+
+@pytest.mark.parametrize(("block_shape", "grid", "tokens"), BLOCKS)
+@pytest.mark.parametrize("gradient", ["masked", "dense"])
+@pytest.mark.parametrize("with_gate", [True, False])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_block_products(
+    block_shape: tuple[int, int],
+    grid: tuple[int, int],
+    tokens: int,
+    gradient: str,
+    with_gate: bool,
+    backend: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Values and all gradients, with pruned weights that are NaN where they are not asked for."""
+    monkeypatch.setattr(cpu, "MOST_DENSE", 1.0)
+    device = torch.device("cpu") if backend == "cpu" else device
+    for dtype in (torch.float32, torch.float16) if backend == "triton" else (torch.float32, torch.float64):
+        input, weight, mask, bias = blocks_problem(block_shape, grid, tokens, dtype, device)
+        leaves = [input, weight, bias]
+        options: dict[str, Any] = {"gradient": gradient}
+        if with_gate:
+            options["block_gate"] = torch.ones(grid, device=device, dtype=dtype, requires_grad=True)
+            leaves.append(options["block_gate"])
+        else:
+            with torch.no_grad():
+                weight[~mask.to_bool()] = torch.nan
+        with use_backend(backend):
+            got = results(masked_linear, tuple(leaves), input=input, weight=weight, mask=mask, bias=bias, **options)
+        exact = {
+            name: value.detach().double().requires_grad_()
+            for name, value in {"input": input, "weight": weight.nan_to_num(), "bias": bias}.items()
+        }
+        if with_gate:
+            exact["block_gate"] = torch.ones(grid, device=device, dtype=torch.float64, requires_grad=True)
+        truth = results(masked_linear_reference, tuple(exact.values()), mask=mask.to_bool(), gradient=gradient, **exact)
+        assert_near_truth(got, truth)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (17, 33), (70, 130)])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_kernels_of_masks_without_structure(
+    packed: bool,
+    tokens: int,
+    few: bool,
+    shape: tuple[int, int],
+    device: torch.device,
+    triton_backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masked in registers and by a copy; an empty row, pruned weights that are NaN."""
+    if not few:
+        monkeypatch.setattr(op, "FEW_TOKENS", -1)
+    mask = torch.rand(shape) < 0.5
+    mask[-1] = False
+    for dtype in (torch.float32, torch.float16):
+        tensors = torch.randn(tokens, shape[1]), torch.randn(shape), torch.randn(shape[0])
+        input, weight, bias = (tensor.to(device, dtype).requires_grad_() for tensor in tensors)
+        with torch.no_grad():
+            weight[~mask.to(device)] = torch.nan
+        used = BitMask.from_bool(mask.to(device)) if packed else mask.to(device)
+        with use_backend(triton_backend):
+            got = results(masked_linear, (input, weight, bias), input=input, weight=weight, mask=used, bias=bias)
+        exact = [tensor.detach().double().requires_grad_() for tensor in (input, weight.nan_to_num(), bias)]
+        names = dict(zip(("input", "weight", "bias"), exact, strict=True))
+        truth = results(masked_linear_reference, tuple(exact), mask=mask.to(device), **names)
+        if tokens:
+            assert_near_truth(got, truth)
+        assert got[2].shape == shape
+        assert not got[2][~mask].any()
+
+
+@pytest.mark.parametrize("structure", ["words", "blocks"])
+def test_kernels_under_autocast_and_in_bfloat16(structure: str, device: torch.device, triton_backend: str) -> None:
+    """The interpreter cannot add bfloat16 numbers, so there it is float16."""
+    interpreted = device.type == "cpu" and not hasattr(torch, "_ttsem_patched")
+    dtype = torch.float16 if interpreted else torch.bfloat16
+    input, weight, mask, bias = blocks_problem((16, 16), (4, 3), 20, torch.float32, device)
+    used = mask if structure == "blocks" else BitMask(mask.words, mask.shape)
+    with use_backend(triton_backend), torch.autocast(device.type, dtype=dtype):
+        output = masked_linear(input, weight, used, bias)
+    gradients = torch.autograd.grad(output, (input, weight, bias), torch.ones_like(output))
+    assert output.dtype == dtype
+    assert [gradient.dtype for gradient in gradients] == [torch.float32] * 3
+    exact = [tensor.detach().double().requires_grad_() for tensor in (input, weight, bias)]
+    expected = F.linear(exact[0], torch.where(mask.to_bool(), exact[1], 0), exact[2])
+    truth = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+    for got, true in zip((output.detach(), *gradients), (expected.detach(), *truth), strict=True):
+        assert (got.double() - true).abs().max() <= 2e-2 * true.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("structure", ["words", "blocks"])
+def test_backends_save_nothing_of_the_weights_size_but_the_weight(
+    structure: str, backend: str, device: torch.device
+) -> None:
+    device = torch.device("cpu") if backend == "cpu" else device
+    input, weight, mask, bias = blocks_problem((16, 16), (4, 6), 3, torch.float32, device)
+    saved: list[Tensor] = []
+    used = mask if structure == "blocks" else BitMask(mask.words, mask.shape)
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), use_backend(backend):
+        masked_linear(input, weight, used, bias)
+    large = [tensor for tensor in saved if tensor.numel() >= weight.numel() // 16]
+    assert large
+    assert all(tensor.data_ptr() == weight.data_ptr() for tensor in large)
+
+
+def test_a_new_mask_in_place_needs_no_new_compilation() -> None:
+    input, weight, mask, bias = blocks_problem((16, 16), (6, 8), 9, torch.float32, torch.device("cpu"))
+    compilations = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda mask: masked_linear(input, weight, mask, bias), fullgraph=True, backend=backend)
+    before = compiled(mask)
+    other = BitMask.from_blocks(torch.rand(6, 8) < 0.2, (16, 16), mask.shape)
+    mask.copy_(other)
+    after = compiled(mask)
+    assert len(compilations) == 1
+    assert not torch.allclose(before, after)
+    expected = F.linear(input, torch.where(other.to_bool(), weight, 0), bias)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_operator_with_lists_is_registered_rightly() -> None:
+    input, weight, mask, bias = blocks_problem((16, 16), (6, 8), 9, torch.float32, torch.device("cpu"))
+    assert mask.lists is not None
+    lists = [mask.lists.crow_indices, mask.lists.col_indices, mask.lists.ccol_indices, mask.lists.row_indices]
+    for dense in (True, False):
+        arguments = (input, weight, mask.words, bias, None, lists, 16, 16, dense, None, "cpu")
+        torch.library.opcheck(torch.ops.sdp_kernels.masked_linear, arguments, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, without CUDA")
+def test_zeroing_kernel_of_many_tensors(triton_backend: str) -> None:
+    """One launch for floats of one size: bits and bools, strided rows, transposed, nothing at all."""
+    wide = torch.randn(9, 700)
+    weights = [torch.randn(5, 70), wide[:, 3:600], torch.randn(33, 6).T, torch.randn(7, 33).half(), torch.randn(0, 4)]
+    masks = [torch.rand(weight.shape) < 0.5 for weight in weights]
+    expected = [torch.where(mask, weight, 0) for weight, mask in zip(weights, masks, strict=True)]
+    outside = wide[:, :3].clone(), wide[:, 600:].clone()
+    for weight, mask in zip(weights, masks, strict=True):
+        weight[~mask] = torch.nan
+    with use_backend(triton_backend):
+        zero_(weights, [masks[0], BitMask.from_bool(masks[1]), *masks[2:3], BitMask.from_bool(masks[3]), masks[4]])
+    for weight, want in zip(weights, expected, strict=True):
+        assert torch.equal(weight, want)
+        assert not torch.signbit(weight[want == 0]).any()
+    assert torch.equal(wide[:, :3], outside[0])
+    assert torch.equal(wide[:, 600:], outside[1])

@@ -1,0 +1,62 @@
+"""Products with the kept blocks of a dense weight on a CPU, by the engine of the block-sparse product."""
+
+import torch
+from torch import Tensor
+
+from sdp_kernels.block_sparse_linear.cpu import product as blocks_product
+from sdp_kernels.block_sparse_linear.gathered import values_product
+from sdp_kernels.masked_linear.blocks import ActiveBlocks
+
+MOST_DENSE = 0.3  # share of the blocks from which on a dense product is faster
+DTYPES = (torch.float32, torch.float64)  # matrix instructions for half precision outrun every sparse product
+
+
+def worthwhile(input: Tensor, lists: ActiveBlocks) -> bool:
+    """Whether walking along the kept blocks is faster than the dense product."""
+    return input.dtype in DTYPES and int(lists.crow_indices[-1]) <= MOST_DENSE * lists.col_indices.numel()
+
+
+def product(
+    input: Tensor, weight: Tensor, bias: Tensor | None, lists: ActiveBlocks, block_shape: tuple[int, int]
+) -> Tensor:
+    """(tokens, in) times the kept blocks of the transposed weight, plus the bias."""
+    rows, columns = _by_rows(lists)
+    values = _grid(weight, block_shape)[rows, columns]
+    return blocks_product(input, values, bias, lists.crow_indices, columns, None, weight.shape[0], None)
+
+
+def input_gradient(gradient: Tensor, weight: Tensor, lists: ActiveBlocks, block_shape: tuple[int, int]) -> Tensor:
+    """(tokens, out) times the kept blocks of the weight."""
+    columns = _lines(lists.ccol_indices)
+    rows = lists.row_indices[: columns.numel()]
+    values = _grid(weight, block_shape)[rows, columns].transpose(1, 2)
+    return blocks_product(gradient, values, None, lists.ccol_indices, rows, None, weight.shape[1], None)
+
+
+def weight_gradient(
+    gradient: Tensor, input: Tensor, weight: Tensor, lists: ActiveBlocks, block_shape: tuple[int, int]
+) -> Tensor:
+    """The gradient of the weight, zero in pruned blocks."""
+    rows, columns = _by_rows(lists)
+    result = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    _grid(result, block_shape)[rows, columns] = values_product(
+        gradient, input, lists.crow_indices, columns, block_shape
+    )
+    return result
+
+
+def _grid(weight: Tensor, block_shape: tuple[int, int]) -> Tensor:
+    """(out, in) -> (block rows, block columns, rows, columns)."""
+    height, width = block_shape
+    grid = weight.contiguous().view(weight.shape[0] // height, height, weight.shape[1] // width, width)
+    return grid.transpose(1, 2)
+
+
+def _by_rows(lists: ActiveBlocks) -> tuple[Tensor, Tensor]:
+    rows = _lines(lists.crow_indices)
+    return rows, lists.col_indices[: rows.numel()]
+
+
+def _lines(offsets: Tensor) -> Tensor:
+    """The row of each block from where the rows begin."""
+    return torch.repeat_interleave(offsets.diff())
