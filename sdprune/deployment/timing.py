@@ -33,10 +33,12 @@ def measure(calls: Mapping[str, Call], device: torch.device, repeats: int) -> di
 
     Wall time on a CPU, the time between two events of the queue on a GPU.
     """
+    threads = torch.get_num_threads()
     for call in calls.values():
         call()
+        if torch.get_num_threads() != threads:  # a library that starts its own threads may change how many torch has
+            torch.set_num_threads(threads)
         call()
-    gc.collect()
     spans = (_event_spans if device.type == "cuda" else _wall_spans)(calls, device, repeats)
     return {name: _times(values) for name, values in spans.items()}
 

@@ -102,6 +102,7 @@ def test_nothing_is_converted_that_loses(pruned, batch, always):
     before = dict(pruned.named_modules())
     found = plan(pruned, batch, block_shapes=((8, 8),))
     assert found.choices == {}
+    assert found.forced_speedup == 1.0 / (1.0 + 12 * 3.0)  # the other form of each of twelve layers takes 3 ms more
     assert found.converted is None
     assert found.expected_speedup == found.measured_speedup == 1.0
     assert {layer.density for layer in found.layers} == {1.0}
