@@ -7,6 +7,7 @@ from sdp_kernels.dispatch import use_backend
 from sdp_kernels.distillation import cosine_distance_loss, kl_divergence_loss
 from sdp_kernels.mask_selection import select_mask
 from sdp_kernels.masked_linear import BitMask, masked_linear, zero_
+from sdp_kernels.masked_linear_cross_correlation import masked_linear_cross_correlation_loss
 
 __all__ = [
     "BitMask",
@@ -18,6 +19,7 @@ __all__ = [
     "cross_correlation_loss",
     "kl_divergence_loss",
     "masked_linear",
+    "masked_linear_cross_correlation_loss",
     "select_mask",
     "use_backend",
     "zero_",

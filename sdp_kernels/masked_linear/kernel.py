@@ -87,7 +87,7 @@ def blocks_product(
     if output.numel() == 0:
         return output
     height, width = block_shape[::-1] if transposed else block_shape
-    block_tokens, warps, stages = _blocks_launch(tokens, height, input.dtype)
+    block_tokens, warps, stages = _blocks_launch(tokens, height, input.dtype, weight.dtype)
     _blocks_kernel[(features // height, triton.cdiv(tokens, block_tokens))](
         input.contiguous(),
         weight.contiguous(),
@@ -112,13 +112,13 @@ def blocks_product(
     return output
 
 
-def _blocks_launch(tokens: int, height: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def _blocks_launch(tokens: int, height: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[int, int, int]:
     """Tokens of a tile, warps and stages, which fit into 99 KiB of shared memory."""
     largest = 64 if dtype == torch.float32 else 128
     block_tokens = min(largest, max(16, triton.next_power_of_2(tokens)))
     wide = block_tokens * height >= (64 * 64 if dtype == torch.float32 else 128 * 128) or block_tokens > 2 * height
-    stage = (block_tokens + height) * 64 * dtype.itemsize
-    return block_tokens, 8 if wide else 4, max(2, min(4, 96 * 1024 // stage))
+    stage = 64 * (block_tokens * dtype.itemsize + height * weight_dtype.itemsize)
+    return block_tokens, 8 if wide else 4, max(2, min(4, 92 * 1024 // stage))
 
 
 def weight_gradient(
@@ -413,7 +413,7 @@ def configurations() -> Iterator[KernelConfig]:
                 for tokens in (16, 4096):
                     for transposed in (False, True):
                         height, width = block_shape[::-1] if transposed else block_shape
-                        block_tokens, warps, stages = _blocks_launch(tokens, height, dtype)
+                        block_tokens, warps, stages = _blocks_launch(tokens, height, dtype, DTYPES[weight])
                         constants = {"TRANSPOSED": transposed, "HAS_BIAS": not transposed, "BLOCK_TOKENS": block_tokens}
                         constants |= {"HEIGHT": height, "WIDTH": width, "STEP": 64}
                         yield KernelConfig(

@@ -32,9 +32,12 @@ FIRST_PROGRAM = tl.constexpr(7)
 FIELDS = tl.constexpr(8)
 
 
-def masked_copy(weight: Tensor, mask: Tensor) -> Tensor:
-    """A copy of the weight with +0.0 where pruned, made in one pass; `mask` is bool, or the words of a `BitMask`."""
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+def masked_copy(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """A copy of the weight with +0.0 where pruned, made in one pass; `mask` is bool, or the words of a `BitMask`.
+
+    `out`, contiguous, is where to write it; it may be the weight itself.
+    """
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
     integer = INTEGERS[weight.itemsize]
     rows, columns = weight.shape
     grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))

@@ -276,9 +276,9 @@ def _weight_gradient(
 def _zero_fresh_(gradient: Tensor, mask: Tensor, backend: str) -> None:
     """Zero the pruned entries of a gradient that nobody else holds."""
     if backend == "triton":
-        from sdp_kernels.masked_linear.kernel_zero import zero_in_place
+        from sdp_kernels.masked_linear.kernel_zero import masked_copy
 
-        zero_in_place([gradient], [mask])
+        masked_copy(gradient, mask, out=gradient)
     else:
         mask_(gradient, mask if mask.dtype == torch.bool else unpack_bits(mask, gradient.shape[1]))
 

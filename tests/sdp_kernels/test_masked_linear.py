@@ -124,7 +124,7 @@ def test_operator_is_registered_rightly(packed: bool, with_extras: bool) -> None
     gate = torch.ones(3, 4, requires_grad=True)
     arguments = (input, weight, words, bias if with_extras else None, gate if with_extras else None)
     for dense, dtype in ((False, None), (True, torch.bfloat16)):
-        rest = ([], 0, 0, dense, dtype, "cpu")
+        rest: tuple[Any, ...] = ([], 0, 0, dense, dtype, "cpu")
         torch.library.opcheck(torch.ops.sdp_kernels.masked_linear, (*arguments, *rest), atol=1e-2, rtol=1e-2)
 
 
@@ -323,8 +323,7 @@ def test_kernels_of_masks_without_structure(
 @pytest.mark.parametrize("structure", ["words", "blocks"])
 def test_kernels_under_autocast_and_in_bfloat16(structure: str, device: torch.device, triton_backend: str) -> None:
     """The interpreter cannot add bfloat16 numbers, so there it is float16."""
-    interpreted = device.type == "cpu" and not hasattr(torch, "_ttsem_patched")
-    dtype = torch.float16 if interpreted else torch.bfloat16
+    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
     input, weight, mask, bias = blocks_problem((16, 16), (4, 3), 20, torch.float32, device)
     used = mask if structure == "blocks" else BitMask(mask.words, mask.shape)
     with use_backend(triton_backend), torch.autocast(device.type, dtype=dtype):

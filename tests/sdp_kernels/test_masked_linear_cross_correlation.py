@@ -1,0 +1,143 @@
+"""The loss of a masked linear map: it equals the two operations in sequence, in every option."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdp_kernels import (
+    BitMask,
+    cross_correlation_loss,
+    masked_linear,
+    masked_linear_cross_correlation_loss,
+    use_backend,
+)
+
+Problem = dict[str, Any]
+
+
+def problem(device: torch.device, *, blocks: bool = False) -> Problem:
+    """A batch of 9 through a weight (48, 32), half of it pruned, and a teacher near the dense output."""
+    keep = torch.rand(3, 2) < 0.5 if blocks else torch.rand(48, 32) < 0.5
+    mask = BitMask.from_blocks(keep, (16, 16), (48, 32)) if blocks else BitMask.from_bool(keep)
+    input, weight, bias = (tensor.to(device) for tensor in (torch.randn(9, 32), torch.randn(48, 32), torch.randn(48)))
+    teacher = input @ weight.T + torch.randn(9, 48).to(device)
+    tensors = {"input": input, "weight": weight, "bias": bias, "teacher": teacher}
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()} | {"mask": mask.to(device)}
+
+
+def in_sequence(
+    input: Tensor,
+    weight: Tensor,
+    mask: Any,
+    teacher: Tensor,
+    bias: Tensor | None,
+    gradient: Any = "masked",
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    output = masked_linear(input, weight, mask, bias, gradient=gradient)
+    return cross_correlation_loss(output, teacher, **options), output
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"gradient": "dense", "center": False, "eps": 1e-5},
+    {"target": "teacher", "off_diagonal_weight": 0.2, "form": "matrix"},
+    {"sample_weight": torch.tensor([1.0, 0, 2, 1, 1, 0.5, 1, 3, 1])},
+    {"sample_weight": torch.arange(9) != 4, "form": "gram"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_equals_the_two_in_sequence(options: dict[str, Any], blocks: bool, backend: str, device: torch.device) -> None:
+    device = torch.device("cpu") if backend == "cpu" else device
+    inputs = problem(device, blocks=blocks)
+    options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    leaves = [value for value in inputs.values() if isinstance(value, Tensor)]
+    with use_backend(backend):
+        loss, output = masked_linear_cross_correlation_loss(**inputs, **options, return_output=True)
+        alone = masked_linear_cross_correlation_loss(**inputs, **options)
+        expected, expected_output = in_sequence(**inputs, **options)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    assert torch.equal(alone, expected)
+    assert torch.equal(output, expected_output)
+    got = torch.autograd.grad(loss + output.square().sum(), leaves)
+    wanted = torch.autograd.grad(expected + expected_output.square().sum(), leaves)
+    for result, want in zip(got, wanted, strict=True):
+        assert torch.equal(result, want)
+
+
+def test_without_gradients_and_without_bias(device: torch.device) -> None:
+    inputs = problem(device)
+    inputs["bias"] = None
+    with torch.no_grad():
+        loss = masked_linear_cross_correlation_loss(**inputs)
+    assert not loss.requires_grad
+    assert torch.equal(loss, in_sequence(**inputs)[0].detach())
+
+
+def test_under_autocast(device: torch.device) -> None:
+    inputs = problem(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss, output = masked_linear_cross_correlation_loss(**inputs, return_output=True)
+    assert (loss.dtype, output.dtype) == (torch.float32, torch.bfloat16)
+    loss.backward()
+    assert inputs["weight"].grad.dtype == torch.float32
+
+
+# torch.compile itself makes an instance of every autograd.Function that it meets.
+@pytest.mark.filterwarnings("default:.*should not be instantiated:DeprecationWarning")
+def test_compiles_without_graph_breaks(device: torch.device) -> None:
+    inputs = problem(device)
+    mask = inputs.pop("mask")
+    leaves = list(inputs.values())
+
+    def call(*tensors: Tensor) -> Tensor:
+        named = dict(zip(inputs, tensors, strict=True))
+        return masked_linear_cross_correlation_loss(**named, mask=mask, gradient="dense")
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(call(*leaves), leaves)
+    for got, want in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_passes_the_group_on(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """The rows of two ranks, here the same ones twice: what the group gathers is what the loss is made of."""
+    from sdp_kernels.cross_correlation import gather
+
+    group, groups = object(), []
+
+    def twice(rows: Tensor, used: Any) -> Tensor:
+        groups.append(used)
+        return torch.cat((rows, rows))
+
+    monkeypatch.setattr(gather, "gather_rows", twice)
+    inputs = problem(device)
+    loss = masked_linear_cross_correlation_loss(**inputs, process_group=group)
+    output = masked_linear(inputs["input"], inputs["weight"], inputs["mask"], inputs["bias"])
+    assert groups == [group, group]
+    assert torch.equal(loss, cross_correlation_loss(torch.cat((output, output)), torch.cat((inputs["teacher"],) * 2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.ones(3, 3, 32)}, ValueError, r"input must have 2 dimensions, got shape \(3, 3, 32\)"),
+        ({"input": torch.ones(9, 31)}, ValueError, r"weight must be \(out, in\) .* input \(9, 31\)"),
+        ({"teacher": torch.ones(9, 32)}, ValueError, r"teacher must have shape \(9, 48\), got \(9, 32\)"),
+        ({"teacher": torch.ones(9, 48).int()}, TypeError, "teacher must be a floating-point tensor, got torch.int32"),
+        ({"weight": torch.ones(48)}, ValueError, r"weight must have 2 dimensions, got shape \(48,\)"),
+        ({"mask": torch.ones(48, 32)}, TypeError, "mask must be a bool tensor or a BitMask"),
+        ({"gradient": "none"}, ValueError, "gradient must be one of .* got 'none'"),
+        ({"target": "none"}, ValueError, "target must be one of .* got 'none'"),
+        ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        masked_linear_cross_correlation_loss(**(problem(torch.device("cpu")) | change))
