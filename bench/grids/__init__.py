@@ -5,5 +5,19 @@ from bench.grids.alignment import GRID as ALIGNMENT
 from bench.grids.cosine_distance import GRID as COSINE_DISTANCE
 from bench.grids.cross_correlation import GRID as CROSS_CORRELATION
 from bench.grids.kl_divergence import GRID as KL_DIVERGENCE
+from bench.grids.masked_linear import GRID as MASKED_LINEAR
+from bench.grids.select_mask import GRID as SELECT_MASK
+from bench.grids.training_step import GRID as TRAINING_STEP
 
-GRIDS: dict[str, Grid] = {grid.name: grid for grid in (CROSS_CORRELATION, KL_DIVERGENCE, COSINE_DISTANCE, ALIGNMENT)}
+GRIDS: dict[str, Grid] = {
+    grid.name: grid
+    for grid in (
+        CROSS_CORRELATION,
+        KL_DIVERGENCE,
+        COSINE_DISTANCE,
+        ALIGNMENT,
+        MASKED_LINEAR,
+        SELECT_MASK,
+        TRAINING_STEP,
+    )
+}
