@@ -57,24 +57,29 @@ def check_sample_weight(sample_weight: Tensor | None, rows: Sequence[int], stude
         return
     if not isinstance(sample_weight, Tensor):
         raise TypeError(f"sample_weight must be a tensor, got {type(sample_weight).__name__}")
+    if sample_weight.is_complex():
+        raise TypeError(f"sample_weight must be real, got {sample_weight.dtype}")
     check_shape("sample_weight", sample_weight, rows)
     check_same_device("sample_weight", sample_weight, "student", student)
     if sample_weight.requires_grad:
         raise ValueError("sample_weight must not require grad: no gradient is given for it")
 
 
-def check_weights_count(sample_weight: Tensor | None) -> None:
-    """No weight below 0 or NaN, and one above 0.
+def check_weight_values(sample_weight: Tensor | None, rows: int = 1) -> None:
+    """No weight below 0 or NaN, and at least `rows` above 0.
 
     Only on a CPU and outside of compilation: elsewhere a look at the values stalls the device or breaks the graph.
     """
     if sample_weight is None or sample_weight.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    lowest, highest = (bound.item() for bound in torch.aminmax(sample_weight))
+    lowest = sample_weight.min().item()
     if not lowest >= 0:
         raise ValueError(f"sample_weight must be at least 0 everywhere, got {lowest}")
-    if highest == 0:
-        raise ValueError(f"sample_weight must be above 0 somewhere, got {sample_weight.numel()} zeros")
+    counted = int(sample_weight.count_nonzero())
+    if counted < rows:
+        raise ValueError(
+            f"sample_weight must be above 0 for at least {rows} rows, got {counted} of {sample_weight.numel()}"
+        )
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

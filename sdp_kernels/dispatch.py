@@ -7,11 +7,13 @@
 The fastest one that can run is taken, unless `use_backend` asks for another.
 """
 
+import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,11 +92,32 @@ def reasons_against(
         for tensor in tensors:
             if tensor.dtype not in KERNEL_DTYPES:
                 reasons.append(f"dtype {tensor.dtype} is none of {[str(dtype) for dtype in KERNEL_DTYPES]}")
+            if tensor.dtype == torch.bfloat16 and _lacks_bfloat16(tensor.device):
+                reasons.append(f"{tensor.device} has no bfloat16 arithmetic")
             if tensor.device.type != "cuda" and not _interpreting():
                 reasons.append(f"a tensor is on {tensor.device}, not on CUDA, and TRITON_INTERPRET is not set")
     if backend == "cpu":
         reasons += [f"a tensor is on {tensor.device}" for tensor in tensors if tensor.device.type != "cpu"]
     return list(dict.fromkeys(reasons))
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
+    """Run a function that launches kernels with the device of its first argument (a tensor, or a list) as current.
+
+    Triton launches on the current device, wherever the tensors are.
+    """
+
+    @functools.wraps(launch)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        first: Any = args[0]
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):  # type: ignore[no-untyped-call]
+            return launch(*args, **kwargs)
+
+    return wrapped
 
 
 def float32_precision() -> str:
@@ -105,6 +128,12 @@ def float32_precision() -> str:
 def _would_run_badly(backend: str, tensors: Sequence[Tensor]) -> bool:
     """Triton's interpreter is for tests: taken only when asked for."""
     return backend == "triton" and any(tensor.device.type != "cuda" for tensor in tensors)
+
+
+def _lacks_bfloat16(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def _triton_installed() -> bool:

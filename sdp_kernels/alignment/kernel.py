@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdp_kernels.dispatch import on_its_device
 from sdp_kernels.masked_linear.bitmask import WORD_BITS
 from sdp_kernels.spec import KernelConfig
 
@@ -47,6 +48,7 @@ class Layers(NamedTuple):
     aligned: bool
 
 
+@on_its_device
 def aligned_weights(
     weights: Sequence[Tensor], references: Sequence[Tensor], masks: Sequence[Tensor], cosine: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -64,6 +66,7 @@ def aligned_weights(
     return distances.mean(), saved
 
 
+@on_its_device
 def weight_gradients(
     scale: Tensor,
     weights: Sequence[Tensor],
@@ -86,6 +89,8 @@ def _prepare(
 ) -> tuple[Layers, dict[str, Any]]:
     if weights[0].is_cuda and triton.knobs.runtime.interpret:
         raise NotImplementedError("Triton's interpreter cannot follow the addresses of CUDA tensors")
+    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("aligned_weight_loss reads layers by their addresses: no CUDA graph can hold it")
     packed = bool(masks) and masks[0].dtype == torch.int32
     places = []
     for index, (weight, reference) in enumerate(zip(weights, references, strict=True)):

@@ -45,6 +45,8 @@ def aligned_weight_loss(
         A scalar, float32 (float64 if an input is), also under autocast.
 
     Raises:
+        RuntimeError: on double backward on a GPU; while a CUDA graph is captured, whose replay would read the layers
+            where they no longer are.
         ValueError: no layers, lists of different lengths, shapes or devices that differ, eps <= 0.
         TypeError: a weight is not floating-point, or a mask is neither bool nor `BitMask`.
     """
@@ -97,7 +99,7 @@ def _against_triton(weights: Sequence[Tensor], references: Sequence[Tensor], mas
     return reasons
 
 
-@torch.library.custom_op("sdp_kernels::aligned_weights", mutates_args=())
+@torch.library.custom_op("sdp_kernels::aligned_weights", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _aligned_weights(
     weights: Sequence[Tensor], references: Sequence[Tensor], masks: Sequence[Tensor], cosine: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -115,7 +117,7 @@ def _(
     return weights[0].new_empty((), dtype=torch.float32), weights[0].new_empty(saved, dtype=torch.float32)
 
 
-@torch.library.custom_op("sdp_kernels::aligned_weights_backward", mutates_args=())
+@torch.library.custom_op("sdp_kernels::aligned_weights_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _aligned_weights_backward(
     scale: Tensor,
     weights: Sequence[Tensor],
@@ -144,7 +146,8 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     weights, references, masks, ctx.cosine, _ = inputs
-    ctx.save_for_backward(*weights, *references, *masks, output[1])
+    saved = (*weights, *references, *masks, output[1])  # references may come from inference mode
+    ctx.save_for_backward(*(each.clone() if each.is_inference() else each for each in saved))
     ctx.layers = len(weights)
     ctx.set_materialize_grads(False)
 

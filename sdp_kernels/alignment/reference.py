@@ -26,7 +26,7 @@ def aligned_weight_loss_reference(
         if masks is not None:
             mask = masks[index]
             weight = torch.where(mask.to_bool() if isinstance(mask, BitMask) else mask, weight, 0)
-        distances.append(distance(weight.to(dtype), reference.to(dtype), eps))
+        distances.append(distance(weight.to(dtype), reference.to(dtype), eps).to(weights[0].device))
     return torch.stack(distances).mean()
 
 

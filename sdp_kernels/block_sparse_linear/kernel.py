@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdp_kernels.block_sparse_linear.launch import STEP, choose_launch, choose_splits, values_step, values_warps
+from sdp_kernels.dispatch import on_its_device
 from sdp_kernels.spec import KernelConfig
 
 GROUP_BYTES = 2**23  # of the input that programs running together read
@@ -41,6 +42,7 @@ def dot_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+@on_its_device
 def product(
     input: Tensor,
     values: Tensor,
@@ -109,6 +111,7 @@ def product(
     return output
 
 
+@on_its_device
 def values_gradient(
     gradient: Tensor, input: Tensor, block_rows: Tensor, neighbours: Tensor, block_shape: tuple[int, int]
 ) -> Tensor:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sdp_kernels.checks import compute_dtype
 from sdp_kernels.cross_correlation.forms import Options, chunk_rows, column_products, gram_products, matrix_products
-
-DEAD_EPSILONS = 16  # a feature is dead if its centred norm is below this many machine epsilons of its raw norm
+from sdp_kernels.cross_correlation.reference import DEAD_EPSILONS
 
 
 class Columns(NamedTuple):

@@ -1,8 +1,8 @@
 """The loss and its gradients on a GPU: the products go to cuBLAS, the kernels do what surrounds them.
 
-Columns are cut into strips and rows into chunks, so that any shape fills the device. What belongs to a whole column
-(its norm, its inner products) is summed over the chunks by the kernel that needs it next, in a fixed order. Few rows
-in the Gram form go another way, kernel_small.py.
+Columns are cut into strips and rows into chunks, so that few columns keep a device busy too. What belongs to a whole
+column (its norm, its inner products) is summed over the chunks by the kernel that needs it next, in a fixed order. Few
+rows in the Gram form go another way, kernel_small.py.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -26,11 +26,13 @@ from sdp_kernels.cross_correlation.kernel_tiles import (
     through_norm,
     types_of,
 )
+from sdp_kernels.dispatch import on_its_device
 from sdp_kernels.spec import KernelConfig
 
 LOSS_ROWS, LOSS_COLUMNS = 32, 128  # one tile of C
 
 
+@on_its_device
 def loss_and_gradients(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,10 +80,9 @@ def _loss_and_gradients(
             filled += down * across
             if need_student:
                 torch.mm(right, correlation.T, out=student_product[:, start:end])
-            if options.teacher_gradient and start == 0:
-                teacher_product = left[:, :end] @ correlation
-            elif options.teacher_gradient:
-                teacher_product.addmm_(left[:, start:end], correlation)
+            if options.teacher_gradient:
+                part = left[:, start:end] @ correlation
+                teacher_product = part if start == 0 else teacher_product.float().add_(part)
 
     flags = {
         "RESIDUAL": options.residual,

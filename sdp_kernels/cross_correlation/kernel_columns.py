@@ -49,7 +49,7 @@ def normalise(student: Tensor, teacher: Tensor, sample_weight: Tensor | None, op
     batch, dim = student.shape
     chunks, rows = row_chunks(batch, dim)
     grid = (triton.cdiv(dim, BLOCK_DIM), chunks)
-    left = torch.empty_like(student, dtype=product_dtype(student, teacher))
+    left = torch.empty_like(student, dtype=product_dtype(student, teacher, options.residual))
     right = torch.empty_like(left)
     statistics = student.new_empty(chunks, 5, dim, dtype=torch.float32)
     sums = statistics.new_empty(chunks, 4, dim)

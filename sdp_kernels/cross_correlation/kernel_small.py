@@ -51,7 +51,7 @@ def loss_and_gradients(
     sides = 1 + options.teacher_gradient
     columns = student.new_empty(5, dim, dtype=torch.float32)  # means, inverse norms, diagonal
     gram_parts = columns.new_empty(parts, sides, block_batch, block_batch)
-    gram = columns.new_empty(sides, block_batch, block_batch, dtype=product_dtype(student, teacher))
+    gram = columns.new_empty(sides, block_batch, block_batch, dtype=product_dtype(student, teacher, options.residual))
     loss_parts = columns.new_empty(strips)
     done = torch.empty(1, dtype=torch.int32, device=student.device)
     loss = columns.new_empty(())

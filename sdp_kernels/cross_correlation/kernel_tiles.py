@@ -7,14 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdp_kernels.cross_correlation.cpu import DEAD_EPSILONS
+from sdp_kernels.cross_correlation.reference import DEAD_EPSILONS
 
 DEAD_LIMIT = (DEAD_EPSILONS * torch.finfo(torch.float32).eps) ** 2
 
 
-def product_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """The dtype of the large products: that of the inputs, if they agree and its range holds sums over `dim`."""
-    if student.dtype != teacher.dtype or (student.dtype == torch.float16 and student.shape[1] > 2**15):
+def product_dtype(student: Tensor, teacher: Tensor, residual: bool) -> torch.dtype:
+    """The dtype of the large products: that of the inputs, if they agree and its range holds sums over `dim`.
+
+    The columns have norm 1 at most, those of a residual 2, and a Gram matrix may gather all of them in one entry.
+    """
+    most = (4 if residual else 1) * student.shape[1]
+    if student.dtype != teacher.dtype or most > torch.finfo(student.dtype).max:
         return torch.float32
     return student.dtype
 

@@ -11,7 +11,7 @@ from sdp_kernels.checks import (
     check_dims,
     check_pair,
     check_sample_weight,
-    check_weights_count,
+    check_weight_values,
     compute_dtype,
 )
 from sdp_kernels.cross_correlation.forms import Options, choose_form
@@ -56,8 +56,8 @@ def cross_correlation_loss(
         target: "identity" or "teacher".
         eps: added to each feature's mean square.
         sample_weight: (batch,), weights >= 0 of the rows in means, norms and correlations, a bool mask, or
-            None for equal ones. Rows without a positive weight are left out entirely: they may hold NaN. If no
-            row counts, that is an error on a CPU; on a GPU, where looking would stall it, all correlations are 0.
+            None for equal ones. Rows without a positive weight are left out entirely: they may hold NaN. Too few
+            rows that count are an error on a CPU; on a GPU, where looking would stall it, they correlate with nothing.
         process_group: compute the loss over the rows of all ranks. Every rank returns the global value, and
             the gradients of its inputs are world-size times the global ones, so that the averaging of DDP
             and FSDP gives the single-process gradient of the parameters. None means local rows only.
@@ -65,13 +65,13 @@ def cross_correlation_loss(
             is cheaper and safe. The Gram form loses digits when batch > dim / 2.
 
     Returns:
-        A scalar, float32 (float64 if an input is), also under autocast. A feature that is constant over
-        the batch counts as dead: its correlations are 0 and it receives no gradient. NaN or infinity in a row
-        that counts makes the loss NaN.
+        A scalar, float32 (float64 if an input is), also under autocast. A feature that is constant over the
+        batch counts as dead if it is centred, one of zeros always: its correlations are 0 and it receives no
+        gradient. NaN or infinity in a row that counts makes the loss NaN.
 
     Raises:
         ValueError: shapes or devices differ, fewer than 2 rows to centre, a number out of its range, weights that
-            are negative or all zero.
+            are negative or leave fewer rows than that.
         TypeError: an input is not a floating-point tensor.
         RuntimeError: on double backward; gradients are made in the forward pass.
     """
@@ -86,10 +86,10 @@ def cross_correlation_loss(
         student, teacher = gather_rows(student, process_group), gather_rows(teacher, process_group)
         if sample_weight is not None:
             sample_weight = gather_rows(sample_weight, process_group)
-    check_weights_count(sample_weight)
     batch, dim = student.shape
     if batch < 1 + center or dim < 1:
         raise ValueError(f"student must have at least {1 + center} rows and 1 column, got shape {(batch, dim)}")
+    check_weight_values(sample_weight, rows=1 + center)
 
     backend = choose_backend("cross_correlation_loss", (student, teacher), OFFERS)
     if backend == "reference":

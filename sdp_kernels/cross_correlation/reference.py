@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sdp_kernels.checks import compute_dtype
 
-DEAD_EPSILONS = 16
+DEAD_EPSILONS = 16  # a feature is dead if its centred norm is at most this many machine epsilons of its raw norm
 
 
 def cross_correlation_loss_reference(
@@ -26,12 +26,13 @@ def cross_correlation_loss_reference(
     the place of the second view, as in self-distilled pruning, https://arxiv.org/abs/2109.15014.
     """
     dtype = compute_dtype(student, teacher)
-    if sample_weight is None:
-        sample_weight = student.new_ones(student.shape[0])
-    kept = sample_weight > 0
-    weight = sample_weight[kept, None].to(dtype)
-    student = unit_columns(student[kept].to(dtype), weight, center, eps)
-    teacher = unit_columns(teacher[kept].to(dtype), weight, center, eps)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    weight = student.new_ones(student.shape[0], 1)
+    if sample_weight is not None:
+        weight = sample_weight.to(dtype).clamp_min(0)[:, None]
+        student, teacher = student.masked_fill(weight == 0, 0), teacher.masked_fill(weight == 0, 0)
+    student = unit_columns(student, weight, center, eps)
+    teacher = unit_columns(teacher, weight, center, eps)
     identity = torch.eye(student.shape[1], dtype=dtype, device=student.device)
     goal = identity if target == "identity" else teacher.T @ teacher
     difference = student.T @ teacher - goal
@@ -43,9 +44,9 @@ def unit_columns(features: Tensor, weight: Tensor, center: bool, eps: float) -> 
     """Columns divided by the root of their (weighted) sum of squares; zeros where there is no signal."""
     raw_norm = (weight * features.square()).sum(0).sqrt()
     if center:
-        features = features - (weight * features).sum(0) / weight.sum()
+        features = features - (weight * features).sum(0) / weight.sum().clamp_min(torch.finfo(features.dtype).tiny)
     columns = weight.sqrt() * features
     squares = columns.square().sum(0)
-    alive = squares.sqrt() > DEAD_EPSILONS * torch.finfo(features.dtype).eps * raw_norm
-    norm = torch.where(alive, squares + weight.sum() * eps, 1).sqrt()
-    return torch.where(alive, columns / norm, 0)
+    dead = squares.sqrt() <= DEAD_EPSILONS * torch.finfo(features.dtype).eps * raw_norm
+    norm = torch.where(dead, 1, squares + weight.sum() * eps).sqrt()
+    return torch.where(dead, 0, columns / norm)

@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdp_kernels.dispatch import on_its_device
 from sdp_kernels.spec import KernelConfig
 
 TILES = ((32, 16), (4, 128), (2, 1024), (1, 4096))  # (rows, columns), the narrowest first
 
 
+@on_its_device
 def row_losses(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, kind: str, option: float
 ) -> tuple[Tensor, Tensor]:
@@ -44,6 +46,7 @@ def row_losses(
     return losses, statistics
 
 
+@on_its_device
 def row_gradients(
     scale: Tensor,
     student: Tensor,

@@ -13,7 +13,7 @@ from sdp_kernels.checks import (
     check_at_least,
     check_pair,
     check_sample_weight,
-    check_weights_count,
+    check_weight_values,
     compute_dtype,
 )
 from sdp_kernels.dispatch import choose_backend
@@ -55,9 +55,11 @@ def kl_divergence_loss(
         A scalar, float32 (float64 if an input is), also under autocast.
 
     Raises:
+        RuntimeError: on double backward, unless the input is small and on a CPU.
         ValueError: shapes or devices differ, there is nothing to average, temperature <= 0.
         TypeError: an input is not a floating-point tensor.
     """
+    temperature = float(temperature)
     check_above("temperature", temperature, 0)
     _check_rows(student_logits, teacher_logits, sample_weight, "_logits")
     backend = choose_backend("kl_divergence_loss", (student_logits, teacher_logits), _offers(student_logits))
@@ -87,6 +89,7 @@ def cosine_distance_loss(
         A scalar, float32 (float64 if an input is), also under autocast.
 
     Raises:
+        RuntimeError: on double backward, unless the input is small and on a CPU.
         ValueError: shapes or devices differ, there is nothing to average, eps < 0.
         TypeError: an input is not a floating-point tensor.
     """
@@ -110,7 +113,7 @@ def _check_rows(student: Tensor, teacher: Tensor, sample_weight: Tensor | None, 
     if student.dim() < 1 or student.numel() == 0:
         raise ValueError(f"student{suffix} must have at least one row, got shape {tuple(student.shape)}")
     check_sample_weight(sample_weight, student.shape[:-1], student)
-    check_weights_count(sample_weight)
+    check_weight_values(sample_weight)
 
 
 @torch.library.custom_op("sdp_kernels::row_losses", mutates_args=())
@@ -193,7 +196,8 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     student, teacher, sample_weight, *ctx.options = inputs
-    ctx.save_for_backward(student, teacher, sample_weight, *output)
+    saved = (student, teacher, sample_weight, *output)  # a teacher may come from inference mode
+    ctx.save_for_backward(*(each.clone() if each is not None and each.is_inference() else each for each in saved))
     ctx.set_materialize_grads(False)
 
 

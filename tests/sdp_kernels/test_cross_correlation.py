@@ -142,6 +142,30 @@ def test_loses_no_more_than_the_matrix_in_float32(shape: tuple[int, int], make: 
         assert error <= 1e-5 + 2 * allowed, f"{name}: {error:.2g}, the definition {allowed:.2g}"
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
+def test_nan_and_infinity_show(backend: str, bad: float, device: torch.device, request: pytest.FixtureRequest) -> None:
+    if backend == "triton":
+        request.getfixturevalue("triton_backend")
+    student, teacher = (value.to(device) for value in features(8, 20))
+    student[0, 0] = bad
+    with use_backend(backend):
+        assert cross_correlation_loss(student, teacher).isnan()
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_half_precision_that_could_overflow_is_multiplied_in_float32() -> None:
+    """One row may hold every feature: then one entry of a Gram matrix gathers the squares of all of them."""
+    from sdp_kernels.cross_correlation.kernel_tiles import product_dtype
+
+    half, brain = torch.empty(4, 2**14, dtype=torch.float16), torch.empty(4, 2**14, dtype=torch.bfloat16)
+    assert product_dtype(half, half, residual=False) == torch.float16
+    assert product_dtype(half, half, residual=True) == torch.float32
+    assert product_dtype(brain, brain, residual=True) == torch.bfloat16
+    assert product_dtype(half, brain, residual=False) == torch.float32
+
+
 def test_identity_target_is_zero_for_uncorrelated_features() -> None:
     features = torch.linalg.qr(torch.randn(20, 6, dtype=torch.float64)).Q
     loss = cross_correlation_loss(features, features, center=False, eps=0, off_diagonal_weight=1.0)
@@ -409,7 +433,9 @@ def test_few_rows_take_few_launches(dtype: torch.dtype, device: torch.device) ->
         ({"target": "student"}, ValueError, r"target must be one of \['identity', 'teacher'\], got 'student'"),
         ({"form": "fast"}, ValueError, "form must be one of .* got 'fast'"),
         ({"sample_weight": torch.ones(3)}, ValueError, r"sample_weight must have shape \(4,\), got \(3,\)"),
-        ({"sample_weight": torch.zeros(4)}, ValueError, "sample_weight must be above 0 somewhere, got 4 zeros"),
+        ({"sample_weight": torch.zeros(4)}, ValueError, "sample_weight must be .* at least 2 rows, got 0 of 4"),
+        ({"sample_weight": torch.tensor([0, 0, 3, 0])}, ValueError, "sample_weight must be .* 2 rows, got 1 of 4"),
+        ({"sample_weight": torch.ones(4, dtype=torch.complex64)}, TypeError, "sample_weight must be real, got .*64"),
         ({"sample_weight": torch.tensor([1.0, -2.0, 1.0, 1.0])}, ValueError, "sample_weight must be .* got -2.0"),
         ({"sample_weight": torch.tensor([1.0, torch.nan, 1.0, 1.0])}, ValueError, "sample_weight must be .* got nan"),
         ({"sample_weight": [1.0] * 4}, TypeError, "sample_weight must be a tensor, got list"),

@@ -80,6 +80,16 @@ def test_an_op_without_a_kernel_says_so() -> None:
         double(torch.randn(2, 3))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
+def test_kernels_run_where_their_tensors_are() -> None:
+    student = torch.randn(8, 40, device="cuda:1", requires_grad=True)
+    loss = cross_correlation_loss(student, torch.randn_like(student))
+    loss.backward()
+    assert loss.device.index == 1
+    assert student.grad.isfinite().all()
+
+
 def test_compiled_code_notices_a_change_of_backend() -> None:
     compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
     compiled(torch.randn(2, 4))

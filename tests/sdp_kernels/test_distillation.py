@@ -88,7 +88,17 @@ def test_weights_may_be_a_bool_mask(loss_function: Callable[..., Tensor]) -> Non
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
-@pytest.mark.parametrize(("weight", "got"), [(0.0, "3 zeros"), (-1.0, "-1.0"), (torch.nan, "nan")])
+@pytest.mark.parametrize("shape", [(2, 5), (300, 2000)])
+def test_takes_a_teacher_from_inference_mode(loss_function: Callable[..., Tensor], shape: tuple[int, int]) -> None:
+    student = torch.randn(shape, requires_grad=True)
+    with torch.inference_mode():
+        teacher = torch.randn(shape)
+    loss_function(student, teacher).backward()
+    assert student.grad is not None
+
+
+@pytest.mark.parametrize("loss_function", LOSSES)
+@pytest.mark.parametrize(("weight", "got"), [(0.0, "0 of 3"), (-1.0, "-1.0"), (torch.nan, "nan")])
 def test_weights_that_cannot_count(loss_function: Callable[..., Tensor], weight: float, got: str) -> None:
     rows = torch.ones(3, 5)
     with pytest.raises(ValueError, match=f"sample_weight must be .* got {got}"):
