@@ -323,7 +323,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.gate = None if block_gate is None else (block_gate.shape, block_gate.dtype)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     input, weight, mask, *lists = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_gate = ctx.needs_input_grad[:5]
     grid, gate_dtype = ctx.gate or ((1, 1), weight.dtype)
