@@ -2,6 +2,7 @@
 
 from bench.grid import Grid
 from bench.grids.alignment import GRID as ALIGNMENT
+from bench.grids.block_sparse import GRID as BLOCK_SPARSE
 from bench.grids.cosine_distance import GRID as COSINE_DISTANCE
 from bench.grids.cross_correlation import GRID as CROSS_CORRELATION
 from bench.grids.kl_divergence import GRID as KL_DIVERGENCE
@@ -19,5 +20,6 @@ GRIDS: dict[str, Grid] = {
         MASKED_LINEAR,
         SELECT_MASK,
         TRAINING_STEP,
+        BLOCK_SPARSE,
     )
 }

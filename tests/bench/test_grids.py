@@ -34,7 +34,7 @@ def test_contenders_agree_with_the_reference(grid: Grid) -> None:
         if name != "compile":  # the function of "eager"
             errors = relative_errors(Step(contender(inputs), leaves)(), truth)
             assert len(errors) == 1 + len(leaves), name
-            assert max(errors) < (1e-4 if name == "lightly" else 1e-5), name
+            assert max(errors) < {"lightly": 1e-4, "dense_bf16": 2e-2}.get(name, 1e-5), name
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)

@@ -1,0 +1,114 @@
+"""The block-sparse linear map in inference, against the dense product of the same weight and torch's BSR layout."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.grid import Call, Contender, Grid, Work, direct
+from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
+from sdp_kernels.block_sparse_linear.spec import SPEC
+from sdp_kernels.spec import Inputs, Shape
+
+# A shape is (tokens, in, out, block rows, block columns, density in percent).
+TOKENS = (1, 16, 128, 1024, 4096)
+SMALL = ((768, 3072), (3072, 768))  # BERT-base
+LARGE = ((4096, 4096), (4096, 14336), (14336, 4096))  # Llama-3-8B
+BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128), (64, 32), (128, 32))
+DENSITIES = (5, 10, 20, 35, 50)
+TELLING = tuple((tokens, *weight, 32, 32, 10) for tokens in (128, 4096) for weight in SMALL)
+LARGE_TELLING = tuple((4096, *LARGE[0], *block, 10) for block in ((64, 64), (128, 128), (128, 32)))
+
+
+def shapes() -> tuple[Shape, ...]:
+    """The telling ones, one factor at a time around them, then everything on BERT's weights; the large ones at 10 %."""
+    found = dict.fromkeys((*TELLING, *LARGE_TELLING))
+    found |= dict.fromkeys((128, *weight, 32, 32, density) for weight in SMALL for density in DENSITIES)
+    found |= dict.fromkeys((tokens, *weight, 32, 32, 10) for tokens in TOKENS for weight in SMALL)
+    found |= dict.fromkeys((128, *weight, *block, 10) for weight in SMALL for block in BLOCKS)
+    small = product(TOKENS, SMALL, BLOCKS, DENSITIES)
+    found |= dict.fromkeys((tokens, *weight, *block, density) for tokens, weight, block, density in small)
+    large = product(TOKENS, LARGE, BLOCKS)
+    return tuple(found | dict.fromkeys((tokens, *weight, *block, 10) for tokens, weight, block in large))
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Exactly the share of the blocks, at random places."""
+    tokens, columns, outputs, height, width, density = shape
+    grid = outputs // height, columns // width
+    keep = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+    keep[torch.randperm(keep.numel())[: max(1, round(density / 100 * keep.numel()))]] = True
+    mask = keep.view(grid).repeat_interleave(height, 0).repeat_interleave(width, 1)
+    pattern = BlockSparseMatrix.from_dense(torch.randn(outputs, columns), (height, width), mask).to(device, dtype)
+    return {
+        "input": torch.randn(tokens, columns).to(device, dtype),
+        "values": pattern.values,
+        "pattern": pattern,
+        "bias": torch.randn(outputs).to(device, dtype),
+    }
+
+
+def dense(dtype: torch.dtype | None = None, compile: bool = False) -> Contender:
+    """F.linear with the zeros in place, in another dtype if one is given: what a user has without sparse products."""
+
+    def prepare(inputs: Inputs) -> Call:
+        tensors: tuple[Tensor, ...] = (inputs["input"], inputs["pattern"].to_dense(), inputs["bias"])
+        if dtype is not None:
+            tensors = tuple(tensor.to(dtype) for tensor in tensors)
+        function: Callable[..., Tensor] = F.linear
+        if compile:
+            function = torch.compile(_linear, fullgraph=True, dynamic=False)
+        return partial(function, *tensors)
+
+    return prepare
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(input, weight, bias)
+
+
+def torch_bsr(inputs: Inputs) -> Call:
+    """F.linear with torch's own blocked layout."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
+        weight = inputs["pattern"].to_torch_bsr()
+    return partial(F.linear, inputs["input"], weight, inputs["bias"])
+
+
+def contenders() -> Mapping[str, Contender]:
+    """Ours, and the dense product: in the same dtype, compiled, in bfloat16; and torch's BSR layout."""
+    return {
+        "ours": direct(SPEC.op),
+        "eager": dense(),
+        "compile": dense(compile=True),
+        "dense_bf16": dense(torch.bfloat16),
+        "torch_bsr": torch_bsr,
+    }
+
+
+def _bound(shape: Shape, itemsize: int) -> Work:
+    tokens, columns, outputs, _, _, density = shape
+    kept = density / 100 * columns * outputs
+    return Work(int(2 * tokens * kept), int(itemsize * (kept + tokens * (columns + outputs))), 0)
+
+
+def _heaviest(shape: Shape) -> Work:
+    tokens, columns, outputs = shape[:3]
+    memory = 8 * (3 * columns * outputs + 2 * tokens * (columns + outputs))
+    return Work(2 * tokens * columns * outputs, 2 * memory, memory)
+
+
+GRID = Grid(
+    name="block_sparse",
+    shapes=shapes(),
+    inputs=inputs,
+    reference=SPEC.reference,
+    contenders=contenders,
+    bound=_bound,
+    heaviest=_heaviest,
+    dtypes={"cpu": ("fp32",), "cuda": ("bf16", "fp32")},
+)
