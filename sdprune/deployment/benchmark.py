@@ -149,7 +149,8 @@ def benchmark(model: Any, config: BenchmarkConfig, output: Path) -> list[Row]:
 
     At each point the layers are planned for it (`sdprune.plan`) on a copy. A contender is timed only if its output is
     right: relative to the largest value of the dense float32 output, it may err twice as much as the dense model does
-    in its dtype, plus a small floor. Contenders take turns.
+    in its dtype, plus a small floor. Contenders take turns. `peak_mib` is what one call holds beyond the model and its
+    inputs, as torch's allocator reports it; on a CPU the copies that the compiled engine packs are not in it.
 
     Args:
         model: a transformers encoder or sequence classifier in float32, with zeros in its linear layers or to be

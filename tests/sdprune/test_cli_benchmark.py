@@ -74,3 +74,12 @@ def test_a_model_without_zeros(model_folder, tmp_path, capsys):
     assert "--sparsity is missing: the linear layers of this model have no zeros to skip" in capsys.readouterr().err
     assert main(["benchmark", str(tmp_path / "absent"), *FAST, "--output", str(tmp_path / "out")]) == 2
     assert "MODEL_DIR must be a folder with config.json" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["benchmark", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("config", "batch", "sequence", "dtype", "device", "threads", "sparsity", "block-shape", "no-compile"):
+        assert f"--{name}" in text
