@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdp_kernels.dispatch import on_its_device
 from sdp_kernels.masked_linear.bitmask import words_shape
 from sdp_kernels.spec import KernelConfig
 
@@ -30,6 +31,7 @@ TILE_WARPS = 4
 DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 
 
+@on_its_device
 def keep_highest(
     units: Sequence[Tensor], groups: Sequence[Sequence[int]], pruned: Sequence[int]
 ) -> tuple[list[Tensor], list[bool]]:
@@ -83,6 +85,7 @@ def _pack_group(units: Sequence[Tensor], packed: Sequence[Tensor], state: Tensor
         _drop_ties_kernel[(own.numel(),)](unit, state, words, own, first, words.numel(), unit.shape[1], **options)
 
 
+@on_its_device
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """As packing.keep_n_of_m."""
     scores = scores.detach().contiguous()

@@ -95,7 +95,11 @@ def select_mask(
     check_choice("block_reduction", block_reduction, REDUCTIONS)
     check_choice("scope", scope, ("tensor", "global"))
     _check_matrices(matrices)
-    backend = choose_backend("select_mask", matrices, OFFERS)
+    if not matrices:
+        return []
+    devices = sorted({str(matrix.device) for matrix in matrices})
+    apart = [f"scores are on several devices, {devices}"] if len(devices) > 1 else []
+    backend = choose_backend("select_mask", matrices, OFFERS, apart)
     if structure == "n:m":
         if sparsity is not None or block_shape is not None:
             raise ValueError(f"n:m takes no sparsity and no block_shape, got {sparsity} and {block_shape}")
@@ -179,7 +183,7 @@ def _highest_words(
             for kept in keep_highest([units[index] for index in group], number)
         ]
     if not allow_empty:
-        for index, full in enumerate(torch.stack([kept.any() for kept in words]).tolist()):
+        for index, full in enumerate(torch.stack([kept.any().to(words[0].device) for kept in words]).tolist()):
             if not full:
                 _refuse_empty(index, units[index], sparsity)
     return words

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdp_kernels.dispatch import float32_precision
+from sdp_kernels.dispatch import float32_precision, on_its_device
 from sdp_kernels.masked_linear import kernel_zero
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
 from sdp_kernels.spec import KernelConfig
@@ -28,6 +28,7 @@ from sdp_kernels.spec import KernelConfig
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@on_its_device
 def masked_product(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """The input times the transposed masked weight, plus the bias; or times the masked weight itself.
 
@@ -72,6 +73,7 @@ def _masked_launch(tokens: int, dtype: torch.dtype) -> tuple[int, int, int, int]
     return (min(32, block_tokens), 32, 32, 2) if dtype == torch.float32 else (min(64, block_tokens), 64, 64, 3)
 
 
+@on_its_device
 def blocks_product(
     input: Tensor,
     weight: Tensor,
@@ -121,6 +123,7 @@ def _blocks_launch(tokens: int, height: int, dtype: torch.dtype, weight_dtype: t
     return block_tokens, 8 if wide else 4, max(2, min(4, 92 * 1024 // stage))
 
 
+@on_its_device
 def weight_gradient(
     gradient: Tensor, input: Tensor, weight: Tensor, lists: ActiveBlocks, block_shape: tuple[int, int]
 ) -> Tensor:
@@ -147,6 +150,7 @@ def weight_gradient(
     return result
 
 
+@on_its_device
 def gated_gradient(
     gradient: Tensor, input: Tensor, weight: Tensor, mask: Tensor | None, block_shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdp_kernels.dispatch import on_its_device
 from sdp_kernels.spec import KernelConfig
 
 BLOCK_ROWS, BLOCK_COLUMNS = 4, 512
@@ -32,6 +33,7 @@ FIRST_PROGRAM = tl.constexpr(7)
 FIELDS = tl.constexpr(8)
 
 
+@on_its_device
 def masked_copy(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
     """A copy of the weight with +0.0 where pruned, made in one pass; `mask` is bool, or the words of a `BitMask`.
 
@@ -56,27 +58,40 @@ def masked_copy(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Tens
 
 
 def zero_in_place(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Write +0.0 where pruned, with one launch for all weights of one size of float."""
-    if weights and weights[0].is_cuda and triton.knobs.runtime.interpret:
-        raise NotImplementedError("Triton's interpreter cannot follow the addresses of CUDA tensors")
-    for itemsize in sorted({weight.itemsize for weight in weights}):
-        places, held = [], []
-        for weight, mask in zip(weights, masks, strict=True):
-            if weight.itemsize != itemsize or not weight.numel():
-                continue
-            if weight.stride(1) != 1:
-                weight.copy_(masked_copy(weight, mask))
-                continue
-            mask = mask.contiguous()
-            held.append(mask)  # the table knows only its address
-            packed = int(mask.dtype == torch.int32)
-            strides = weight.stride(0), mask.stride(0)
-            places.append((weight.data_ptr(), mask.data_ptr(), packed, *strides, *weight.shape))
-        if places:
-            table, weight_of = _table(tuple(places), weights[0].device)
-            _zero_kernel[(weight_of.numel(),)](
-                table, weight_of, TYPE=TYPES[itemsize], BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS
-            )
+    """Write +0.0 where pruned, with one launch for all weights of one device and size of float."""
+    groups: dict[tuple[torch.device, int], tuple[list[Tensor], list[Tensor]]] = {}
+    for weight, mask in zip(weights, masks, strict=True):
+        if weight.is_cuda and triton.knobs.runtime.interpret:
+            raise NotImplementedError("Triton's interpreter cannot follow the addresses of CUDA tensors")
+        if not weight.numel():
+            continue
+        if weight.stride(1) != 1:
+            weight.copy_(masked_copy(weight, mask))
+            continue
+        group = groups.setdefault((weight.device, weight.itemsize), ([], []))
+        group[0].append(weight)
+        group[1].append(mask.contiguous())
+    for group in groups.values():
+        _zero_together(*group)
+
+
+@on_its_device
+def _zero_together(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    places = tuple(
+        (
+            weight.data_ptr(),
+            mask.data_ptr(),
+            int(mask.dtype == torch.int32),
+            weight.stride(0),
+            mask.stride(0),
+            *weight.shape,
+        )
+        for weight, mask in zip(weights, masks, strict=True)
+    )
+    table, weight_of = _table(places, weights[0].device)
+    _zero_kernel[(weight_of.numel(),)](
+        table, weight_of, TYPE=TYPES[weights[0].itemsize], BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -33,7 +33,7 @@ def zero_(weights: Tensor | Sequence[Tensor], masks: Tensor | BitMask | Sequence
     for index, (weight, mask) in enumerate(zip(weight_list, mask_list, strict=True)):
         check_floating(f"weights[{index}]", weight)
         check_mask(f"masks[{index}]", mask, weight)
-    if choose_backend("zero_", weight_list, OFFERS) == "triton":
+    if weight_list and choose_backend("zero_", weight_list, OFFERS) == "triton":
         _zero_tensors_(
             [weight.detach() for weight in weight_list],
             [mask.words if isinstance(mask, BitMask) else mask for mask in mask_list],

@@ -214,3 +214,7 @@ def test_memory_is_that_of_a_chunk(options: dict[str, Any]) -> None:
             held += event.nbytes()
             peak = max(peak, held)
     assert mask.nbytes <= peak < scores.numel()
+
+
+def test_nothing_to_select_from() -> None:
+    assert select_mask([], 0.5, scope="global") == []

@@ -397,8 +397,11 @@ def test_zeroing_kernel_of_many_tensors(triton_backend: str) -> None:
     outside = wide[:, :3].clone(), wide[:, 600:].clone()
     for weight, mask in zip(weights, masks, strict=True):
         weight[~mask] = torch.nan
+    before = [weight._version for weight in weights]
     with use_backend(triton_backend):
+        zero_([], [])
         zero_(weights, [masks[0], BitMask.from_bool(masks[1]), *masks[2:3], BitMask.from_bool(masks[3]), masks[4]])
+    assert all(weight._version > version for weight, version in zip(weights, before, strict=True))
     for weight, want in zip(weights, expected, strict=True):
         assert torch.equal(weight, want)
         assert not torch.signbit(weight[want == 0]).any()
