@@ -407,3 +407,20 @@ def test_zeroing_kernel_of_many_tensors(triton_backend: str) -> None:
         assert not torch.signbit(weight[want == 0]).any()
     assert torch.equal(wide[:, :3], outside[0])
     assert torch.equal(wide[:, 600:], outside[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, without CUDA")
+@pytest.mark.usefixtures("triton_backend")
+def test_zeroing_operator_is_registered_rightly() -> None:
+    weights = [torch.randn(5, 7), torch.randn(3, 40)]
+    masks = [torch.rand(5, 7) < 0.5, BitMask.from_bool(torch.rand(3, 40) < 0.5).words]
+    torch.library.opcheck(torch.ops.sdp_kernels.zero_, (weights, masks))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, without CUDA")
+def test_zeroing_kernel_in_compiled_code(triton_backend: str) -> None:
+    weights, masks = [torch.randn(5, 7), torch.randn(3, 40)], [torch.rand(5, 7) < 0.5, torch.rand(3, 40) < 0.5]
+    with use_backend(triton_backend):
+        torch.compile(zero_, fullgraph=True, backend="aot_eager")(weights, masks)
+    for weight, mask in zip(weights, masks, strict=True):
+        assert torch.equal(weight != 0, mask)
