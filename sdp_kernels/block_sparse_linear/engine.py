@@ -17,6 +17,7 @@ from typing import Any
 import llvmlite.binding
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
@@ -300,12 +301,12 @@ class Engine:
 
     def _run(self, function, *args) -> None:
         with _lock:
+            threads_of_torch = torch.get_num_threads()
             before = numba.get_num_threads()
-            if before == self.threads:
-                function(*args)
-                return
             numba.set_num_threads(self.threads)
             try:
                 function(*args)
             finally:
                 numba.set_num_threads(before)
+                if torch.get_num_threads() != threads_of_torch:  # both may share OpenMP, which numba sets up once
+                    torch.set_num_threads(threads_of_torch)

@@ -261,6 +261,20 @@ def test_number_of_threads_changes_nothing(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+def test_the_engine_leaves_the_threads_of_torch_alone() -> None:
+    code = """
+import torch
+from sdp_kernels import BlockSparseMatrix, block_sparse_linear
+torch.set_num_threads(1)
+matrix = BlockSparseMatrix.from_dense(torch.ones(64, 64), (32, 32))
+block_sparse_linear(torch.ones(20, 64), matrix)
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_callers_on_several_threads(engine: str) -> None:
     if engine == "triton":
         pytest.skip("Triton's interpreter runs on one thread")
