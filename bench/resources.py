@@ -1,6 +1,7 @@
 """What the Triton kernels use on each GPU, found by compiling them without one."""
 
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -121,10 +122,12 @@ def label(config: KernelConfig) -> str:
 
 
 @cache
-def configurations(module: str) -> list[KernelConfig]:
-    """The distinct configurations that a kernel module lists."""
+def configurations(module: str, capability: int) -> list[KernelConfig]:
+    """The distinct configurations that a kernel module lists, for a capability where they depend on it."""
+    listed = importlib.import_module(module).configurations
+    depends = "capability" in inspect.signature(listed).parameters
     found: dict[tuple[str, ...], KernelConfig] = {}
-    for config in importlib.import_module(module).configurations():
+    for config in listed(capability) if depends else listed():
         types = {name: config.types.get(name) for name in config.kernel.arg_names}
         key = (label(config), *map(repr, (types, config.num_stages)))
         found.setdefault(key, config)
@@ -133,7 +136,7 @@ def configurations(module: str) -> list[KernelConfig]:
 
 def judge(module: str, index: int, capability: int) -> Outcome:
     """Compile one configuration of a module; a process of the pool cannot be handed a kernel itself."""
-    config = configurations(module)[index]
+    config = configurations(module, capability)[index]
     try:
         resources = compile_config(config, capability)
     except Exception as error:  # whatever the compiler raises is a reason like others
@@ -158,8 +161,8 @@ def report(capabilities: Sequence[int] = CAPABILITIES, ops: Sequence[str] | None
     jobs = [
         (module, index, capability)
         for module in sorted(modules)
-        for index in range(len(configurations(module)))
         for capability in capabilities
+        for index in range(len(configurations(module, capability)))
     ]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         results = pool.map(judge, *zip(*jobs, strict=True)) if jobs else iter(())

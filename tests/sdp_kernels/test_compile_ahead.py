@@ -14,11 +14,11 @@ COMPILE = """
 import sys
 from bench.resources import compile_config, configurations, label, reasons_against
 
-first_of_each_kernel = {}
-for config in configurations(sys.argv[1]):
-    first_of_each_kernel.setdefault(config.kernel.fn.__qualname__ + config.kernel.fn.__module__, config)
-for config in first_of_each_kernel.values():
-    for capability in (80, 120):
+for capability in (80, 120):
+    first_of_each_kernel = {}
+    for config in configurations(sys.argv[1], capability):
+        first_of_each_kernel.setdefault(config.kernel.fn.__qualname__ + config.kernel.fn.__module__, config)
+    for config in first_of_each_kernel.values():
         reasons = reasons_against(config, capability, compile_config(config, capability))
         assert not reasons, (label(config), capability, reasons)
 print(len(first_of_each_kernel), "kernels")
