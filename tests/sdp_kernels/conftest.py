@@ -30,10 +30,12 @@ BEYOND_EXECUTOR = ("alignment", "registered", "compile", "32_bits")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run kernels for the executor; see tests/README.md."""
+    """Mark the tests that run kernels for the executor, see tests/README.md; skip them without Triton."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         runs_kernels = "triton_backend" in getattr(item, "fixturenames", ()) or "triton" in map(str, parameters)
+        if runs_kernels and not TRITON_INSTALLED:
+            item.add_marker(pytest.mark.skip(reason="triton is not installed"))
         if runs_kernels and not any(word in item.nodeid for word in BEYOND_EXECUTOR):
             item.add_marker("executor")
 
