@@ -1,4 +1,4 @@
-"""Forward and backward of every loss on small shapes: `pytest bench --benchmark-only`."""
+"""Every grid on its smallest shapes: `pytest bench --benchmark-only`."""
 
 import pytest
 import torch
@@ -9,15 +9,25 @@ from bench.grids import GRIDS
 from bench.machine import synchronize
 from bench.runner import Step, require_gradients
 
-LARGEST = 2**29  # bytes of a case
-CONTENDERS = ("ours", "eager")  # `python -m bench` has the compiled ones too, which take seconds to compile
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = 4  # of each grid
+
+
+def few(grid: Grid) -> list[Case]:
+    """The cases that take least memory."""
+    return sorted(grid.cases(DEVICE), key=lambda case: grid.heaviest(case.shape).memory)[:SHAPES]
+
+
+def uncompiled(grid: Grid) -> list[str]:
+    """Ours and the first baseline; `python -m bench` has the compiled ones too, which take seconds to compile."""
+    return [name for name in grid.contenders() if "compile" not in name][:2]
+
 
 CASES = [
     pytest.param(grid, case, contender, id=f"{grid.name}-{'x'.join(map(str, case.shape))}-{case.dtype}-{contender}")
     for grid in GRIDS.values()
-    for case in sorted(grid.cases("cuda" if torch.cuda.is_available() else "cpu"), key=lambda case: case.shape)
-    if grid.heaviest(case.shape).memory <= LARGEST
-    for contender in CONTENDERS
+    for case in few(grid)
+    for contender in uncompiled(grid)
 ]
 
 
