@@ -8,15 +8,15 @@ STEP = 64  # input features a step
 TOKENS_STEP = 64  # tokens a step of the gradient of the values
 SPLITS = 16  # at most
 
-# Compute capability -> (bytes of shared memory for a program, most stages, largest tile of half precision that four
-# warps hold in registers). The widest multiprocessors hide a load behind three steps; a capability that is not listed
+# Compute capability -> (bytes of shared memory for a program, most stages). The widest multiprocessors hide a load
+# behind three steps; a capability that is not listed
 # uses the last entry before it.
 DEVICES = {
-    80: (163 * 1024, 4, 128 * 64),
-    86: (99 * 1024, 3, 64 * 64),
-    90: (227 * 1024, 4, 128 * 64),
-    100: (227 * 1024, 4, 64 * 64),
-    120: (99 * 1024, 3, 64 * 64),
+    80: (163 * 1024, 4),
+    86: (99 * 1024, 3),
+    90: (227 * 1024, 4),
+    100: (227 * 1024, 4),
+    120: (99 * 1024, 3),
 }
 
 
@@ -30,12 +30,12 @@ class Launch(NamedTuple):
 
 def choose_launch(tokens: int, height: int, dtype: torch.dtype, capability: int) -> Launch:
     """How the product is launched for blocks with `height` output features."""
-    shared, most_stages, most_entries = DEVICES[max((known for known in DEVICES if known <= capability), default=86)]
+    shared, most_stages = DEVICES[max((known for known in DEVICES if known <= capability), default=86)]
     largest = 64 if dtype == torch.float32 else 128
     block_tokens = min(largest, max(16, 1 << (tokens - 1).bit_length()))
     stage = (block_tokens + height) * STEP * dtype.itemsize
     num_stages = max(2, min(most_stages, shared // stage))
-    wide = block_tokens * height > (64 * 32 if dtype == torch.float32 else most_entries)
+    wide = block_tokens * height > (64 * 32 if dtype == torch.float32 else 64 * 64)  # more spills
     return Launch(block_tokens, 8 if wide else 4, num_stages)
 
 
