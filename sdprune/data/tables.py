@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdprune.config import DataConfig
 from sdprune.data.examples import Examples
+from sdprune.recipe import DataConfig
 
 Columns = Mapping[str, Sequence[Any]]
 

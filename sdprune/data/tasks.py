@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sdprune.config import DataConfig
 from sdprune.data.examples import EncodedExamples, Examples, encode
 from sdprune.data.sample import sample_reviews
 from sdprune.data.splits import split_grouped, split_stratified, stratified_order
 from sdprune.data.tables import FORMATS, first_line, read_table
+from sdprune.recipe import DataConfig
 
 __all__ = ["TASKS", "EncodedExamples", "Examples", "Task", "encode", "load_task"]
 

@@ -18,7 +18,7 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from sdprune.analysis.report import write_report
-from sdprune.config import DataConfig, Recipe, SDPruneConfig, TrainingConfig
+from sdprune.config import SDPruneConfig
 from sdprune.data.metrics import majority_baseline, paired_bootstrap_standard_error, tfidf_baseline
 from sdprune.data.sample import cache_directory
 from sdprune.deployment.export import export
@@ -27,6 +27,7 @@ from sdprune.masking.schedule import pruning_moments, sparsity_levels
 from sdprune.pipelines.assess import Assessment, Snapshot, assess, take_snapshot
 from sdprune.pipelines.run import SCORES_NAME, check_free, prune_on, read_record, settled
 from sdprune.pipelines.workbench import BUNDLED_MODEL, Workbench, load_workbench
+from sdprune.recipe import DataConfig, Recipe, TrainingConfig
 
 SNAPSHOTS = (0.5, 0.7, 0.8)
 LEVELS = 8  # 10 %, 20 %, ... 80 %

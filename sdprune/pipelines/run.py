@@ -16,13 +16,14 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from sdprune.analysis.report import RunRecord, write_report
-from sdprune.config import CONFIG_NAME, RECIPE_NAME, Recipe, SDPruneConfig, TrainingConfig
+from sdprune.config import CONFIG_NAME, SDPruneConfig
 from sdprune.files import write_text
 from sdprune.masking.pruner import Sparsity
 from sdprune.masking.schedule import pruning_moments
 from sdprune.pipelines.assess import assess, method_name, take_snapshot
 from sdprune.pipelines.self_distilled import PruneResult, prune
 from sdprune.pipelines.workbench import Workbench, load_workbench
+from sdprune.recipe import RECIPE_NAME, Recipe, TrainingConfig
 from sdprune.training.arguments import bf16_pays, training_arguments
 from sdprune.training.progress import METRICS_NAME
 

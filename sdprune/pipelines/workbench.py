@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sdprune.config import DataConfig
 from sdprune.data.examples import EncodedExamples, encode
 from sdprune.data.metrics import compute
 from sdprune.data.sample import sample_model
 from sdprune.data.tasks import Task, load_task
 from sdprune.pipelines.evaluate import collate, predict
 from sdprune.pipelines.models import Classifier, align_labels, load_classifier
+from sdprune.recipe import DataConfig
 
 BUNDLED_MODEL = "bundled-minilm"
 PROBE_ROWS = 32

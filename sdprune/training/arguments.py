@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from sdprune.config import TrainingConfig
+from sdprune.recipe import TrainingConfig
 
 
 def training_arguments(

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from sdprune.cli import main
-from sdprune.config import DataConfig, Recipe, SDPruneConfig, TrainingConfig
+from sdprune.config import SDPruneConfig
+from sdprune.recipe import DataConfig, Recipe, TrainingConfig
 
 FAST = ["--max-steps", "8", "--per-device-train-batch-size", "8", "--pruning-steps", "4", "--eval-steps", "4"]
 FAST += ["--save-steps", "4", "--bf16", "false", "--warmup-steps", "0", "--logging-steps", "2"]

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from sdprune import SDPruneConfig
-from sdprune.config import CONFIG_NAME, DataConfig, Recipe, TrainingConfig
+from sdprune.config import CONFIG_NAME
+from sdprune.recipe import DataConfig, Recipe, TrainingConfig
 
 
 def test_json_round_trip(tmp_path):

@@ -15,7 +15,21 @@ ROOTS = [Path(package.__file__).parent for package in (sdp_kernels, sdprune)]
 FILES = [path for root in ROOTS for path in sorted(root.rglob("*.py"))]
 
 # each may use those before it
-ORDER = ("files", "config", "data", "masking", "distillation", "training", "deployment", "analysis", "pipelines", "cli")
+ORDER = (
+    "files",
+    "config_base",
+    "config",
+    "recipe",
+    "data",
+    "masking",
+    "distillation",
+    "training",
+    "deployment",
+    "analysis",
+    "pipelines",
+    "commands",
+    "cli",
+)
 HEAVY = ("transformers", "datasets", "sklearn", "matplotlib", "pandas", "triton", "scipy", "accelerate")
 
 
@@ -65,7 +79,12 @@ def test_house_rules(path):
     }
     if "sdp_kernels" in path.parts:
         assert not any(name.split(".")[0] in ("sdprune", "transformers") for name in imported if name)
-    if path.parts[-2] in ("masking", "distillation") or path.name in ("config.py", "files.py"):
+    if path.parts[-2] in ("masking", "distillation") or path.name in (
+        "config_base.py",
+        "config.py",
+        "recipe.py",
+        "files.py",
+    ):
         assert not any((name or "").split(".")[0] == "transformers" for name in imported)
     own = path.relative_to(ROOTS[1]).parts[0].removesuffix(".py") if path.is_relative_to(ROOTS[1]) else None
     if own in ORDER:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sdprune.config import DataConfig
 from sdprune.data.tasks import load_task
+from sdprune.recipe import DataConfig
 
 Rows = list[dict[str, Any]]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sdprune.config import DataConfig
 from sdprune.data import tasks
 from sdprune.data.metrics import majority_baseline, tfidf_baseline
 from sdprune.data.tasks import TASKS, load_task
+from sdprune.recipe import DataConfig
 
 GLUE = [name for name in TASKS if name != "movie-reviews"]
 

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from sdprune.config import DataConfig, TrainingConfig
 from sdprune.masking.schedule import pruning_moments, sparsity_levels
 from sdprune.pipelines import demo as module
 from sdprune.pipelines.demo import FULL, QUICK, SDP_CC, DemoSize, demo
+from sdprune.recipe import DataConfig, TrainingConfig
 
 
 @pytest.fixture

@@ -1,0 +1,78 @@
+"""`sdprune benchmark`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    text = "time a model with zeros, dense and sparse, eager and compiled, and show where it breaks even"
+    parser = commands.add_parser("benchmark", help=text, description=text.capitalize() + ".")
+    parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="folder of an encoder or sequence classifier")
+    parser.add_argument("--config", help="instead of MODEL_DIR, random weights: bert-base, bert-large or a config.json")
+    parser.add_argument("--batch", default="1,8,32", help="batch sizes (default: %(default)s)")
+    parser.add_argument("--sequence", default="16,128", help="lengths in tokens (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of float32, bfloat16, float16 (default: %(default)s)")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: as torch chooses)")
+    parser.add_argument("--sparsity", default="", help="prune this share of random blocks first, such as 0.5,0.7,0.9")
+    parser.add_argument("--block-shape", help="out x in of the blocks, such as 32x32 (default: the fastest that fits)")
+    parser.add_argument("--repeats", type=int, default=7, help="of each timing (default: %(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmark"), help="a new folder (default: %(default)s)"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    from sdprune.deployment.benchmark import ROWS_NAME, BenchmarkConfig, benchmark, load_model, threads
+    from sdprune.deployment.benchmark_report import outcome, table, write_report
+
+    # The profiler that counts memory would print into the progress bar.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    config = BenchmarkConfig(
+        batch=_listed("--batch", options.batch, int),
+        sequence=_listed("--sequence", options.sequence, int),
+        dtype=_listed("--dtype", options.dtype, str),
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        sparsity=_listed("--sparsity", options.sparsity, float),
+        block_shape=_block_shape(options.block_shape),
+        compile=not options.no_compile,
+        repeats=options.repeats,
+    )
+    output: Path = options.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}")
+    with threads(options.threads):
+        model = load_model(options.model, options.config)
+        output.mkdir(parents=True, exist_ok=True)
+        rows = benchmark(model, config, output)
+    report = write_report(output, rows, f"Speed of {options.model or options.config}")
+    print(table(rows))
+    print(f"\nThe rows are in {output / ROWS_NAME}; look at {report}")
+    return 1 if any(outcome(row) for row in rows) else 0
+
+
+def _listed(option: str, text: str, kind: type) -> tuple[Any, ...]:
+    """Return the values of an option that are separated by commas."""
+    try:
+        return tuple(kind(item.strip()) for item in text.split(",") if item.strip())
+    except ValueError:
+        example = {int: "whole numbers such as 1,8,32", float: "numbers such as 0.5,0.9"}[kind]
+        raise ValueError(f"{option} must be {example}, got {text!r}") from None
+
+
+def _block_shape(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    sides = re.fullmatch(r"(\d+)[x,](\d+)", text)
+    if sides is None:
+        raise ValueError(f"--block-shape must be two whole numbers of at least 1, such as 32x32, got {text!r}")
+    return int(sides[1]), int(sides[2])

@@ -1,0 +1,25 @@
+"""`sdprune export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    text = "write the model of a run, checkpoint or folder as files that plain transformers loads"
+    parser = commands.add_parser("export", help=text, description=text.capitalize() + ".")
+    parser.add_argument(
+        "source", type=Path, help="a run's folder (its newest whole checkpoint), a checkpoint or a model"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--format", default="plain", help='"plain": dense weights with exact zeros (default)')
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from sdprune.pipelines.models import export_folder
+
+    print(export_folder(options.source, options.output, options.format))
+    return 0

