@@ -27,7 +27,7 @@ class Options(NamedTuple):
     center: bool
     residual: bool  # correlate (student - teacher) with the teacher: the diagonal should be 0 instead of 1
     eps: float
-    form: str
+    form: str  # a `Form`: operators know text only
     student_gradient: bool  # make it
     teacher_gradient: bool
 

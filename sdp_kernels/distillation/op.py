@@ -65,7 +65,7 @@ def kl_divergence_loss(
     backend = choose_backend("kl_divergence_loss", (student_logits, teacher_logits), _offers(student_logits))
     with torch.autocast(student_logits.device.type, enabled=False):
         if backend != "reference":
-            losses, _ = _row_losses(student_logits, teacher_logits, sample_weight, "kl", float(temperature), backend)
+            losses, _ = _row_losses(student_logits, teacher_logits, sample_weight, "kl", temperature, backend)
             return weighted_mean(losses, sample_weight) * temperature**2
         return kl_divergence_loss_reference(
             student_logits, teacher_logits, temperature=temperature, sample_weight=sample_weight
