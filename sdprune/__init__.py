@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sdprune.deployment.plan import plan as plan
     from sdprune.deployment.sparse_linear import BlockSparseLinear as BlockSparseLinear
     from sdprune.masking.layers import MaskedLinear as MaskedLinear
+    from sdprune.pipelines.prune_then_distill import PruneThenDistillResult as PruneThenDistillResult
+    from sdprune.pipelines.prune_then_distill import prune_then_distill as prune_then_distill
     from sdprune.pipelines.self_distilled import PruneResult as PruneResult
     from sdprune.pipelines.self_distilled import prune as prune
     from sdprune.training.callback import SDPruneCallback as SDPruneCallback
@@ -23,24 +25,28 @@ _HOMES = {
     "BlockSparseLinear": "sdprune.deployment.sparse_linear",
     "MaskedLinear": "sdprune.masking.layers",
     "PruneResult": "sdprune.pipelines.self_distilled",
+    "PruneThenDistillResult": "sdprune.pipelines.prune_then_distill",
     "SDPruneCallback": "sdprune.training.callback",
     "SDPruneConfig": "sdprune.config",
     "SDPruneTrainer": "sdprune.training.trainer",
     "export": "sdprune.deployment.export",
     "plan": "sdprune.deployment.plan",
     "prune": "sdprune.pipelines.self_distilled",
+    "prune_then_distill": "sdprune.pipelines.prune_then_distill",
 }
 
 __all__ = [
     "BlockSparseLinear",
     "MaskedLinear",
     "PruneResult",
+    "PruneThenDistillResult",
     "SDPruneCallback",
     "SDPruneConfig",
     "SDPruneTrainer",
     "export",
     "plan",
     "prune",
+    "prune_then_distill",
 ]
 
 

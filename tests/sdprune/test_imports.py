@@ -50,8 +50,8 @@ def test_importing_sdprune_is_cheap():
 
 
 def test_public_names():
-    names = ["BlockSparseLinear", "MaskedLinear", "PruneResult", "SDPruneCallback", "SDPruneConfig", "SDPruneTrainer"]
-    names += ["export", "plan", "prune"]
+    names = ["BlockSparseLinear", "MaskedLinear", "PruneResult", "PruneThenDistillResult"]
+    names += ["SDPruneCallback", "SDPruneConfig", "SDPruneTrainer", "export", "plan", "prune", "prune_then_distill"]
     assert sdprune.__all__ == names
     assert dir(sdprune) == names
     for name in names:
