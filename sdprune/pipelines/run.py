@@ -59,6 +59,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
         raise ValueError(f"the run in {str(output)!r} is finished; its scores are in {SCORES_NAME}")
     if not resume:
         check_free(output)
+    resume = resume and (output / CONFIG_NAME).exists()  # killed before its first step: it begins again
     set_seed(recipe.pruning.seed)  # a head that the model lacks is made at random
     workbench = load_workbench(recipe.model, recipe.data, cache, recipe.training.per_device_eval_batch_size)
     config, classifier = recipe.pruning, workbench.classifier

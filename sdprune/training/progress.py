@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from sdprune.config import SDPruneConfig
 from sdprune.files import write_text
 
 METRICS_NAME = "metrics.jsonl"
+ORIGIN_NAME = "sdprune_origin.json"
 
 
 class ProgressBar(TrainerCallback):
@@ -76,22 +78,24 @@ class ProgressBar(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Marks the folder with the configuration once the training begins, and writes the log into `metrics.jsonl`.
+    """Marks the folder once the training begins: what it began with (`sdprune_origin.json`), then the configuration.
 
-    A resumed run first drops the rows it will repeat. Must come after `SDPruneCallback`, which refuses trainings
-    that do not fit: a refused run leaves the folder free.
+    The log goes into `metrics.jsonl`; a resumed run first drops the rows it will repeat. Must come after
+    `SDPruneCallback`, which refuses trainings that do not fit: a refused run leaves the folder free.
     """
 
-    def __init__(self, directory: Path, config: SDPruneConfig) -> None:
+    def __init__(self, directory: Path, config: SDPruneConfig, origin: Mapping[str, Any]) -> None:
         self.directory = directory
         self.config = config
+        self.origin = dict(origin)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the configuration, and the rows that the checkpoint knows of; none at the start."""
         if state.is_world_process_zero:
-            self.config.save_pretrained(self.directory)
+            write_text(self.directory / ORIGIN_NAME, json.dumps(self.origin, indent=1) + "\n")
+            self.config.save_pretrained(self.directory)  # last of the two: a folder that has it holds a run
             rows = "".join(json.dumps(row) + "\n" for row in state.log_history)
             write_text(self.directory / METRICS_NAME, rows)
 
