@@ -3,17 +3,25 @@
 import torch
 from torch import Tensor
 
-from sdp_kernels.block_sparse_linear.cpu import product as blocks_product
+from sdp_kernels.block_sparse_linear import cpu as block_sparse
 from sdp_kernels.block_sparse_linear.gathered import values_product
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
 
-MOST_DENSE = 0.3  # share of the blocks from which on a dense product is faster
+# Share of the blocks up to which the dense product is slower, for the compiled engine and for plain torch.
+MOST_DENSE = {True: 0.5, False: 0.3}
 DTYPES = (torch.float32, torch.float64)  # matrix instructions for half precision outrun every sparse product
 
 
 def worthwhile(input: Tensor, lists: ActiveBlocks) -> bool:
     """Whether walking along the kept blocks is faster than the dense product."""
-    return input.dtype in DTYPES and int(lists.crow_indices[-1]) <= MOST_DENSE * lists.col_indices.numel()
+    if input.dtype not in DTYPES:
+        return False
+    return int(lists.crow_indices[-1]) <= MOST_DENSE[_compiled(input.dtype)] * lists.col_indices.numel()
+
+
+def _compiled(dtype: torch.dtype) -> bool:
+    """Whether the compiled engine multiplies this dtype."""
+    return dtype == torch.float32 and block_sparse._numba_installed()
 
 
 def product(
@@ -22,7 +30,7 @@ def product(
     """(tokens, in) times the kept blocks of the transposed weight, plus the bias."""
     rows, columns = _by_rows(lists)
     values = _grid(weight, block_shape)[rows, columns]
-    return blocks_product(input, values, bias, lists.crow_indices, columns, None, weight.shape[0], None)
+    return block_sparse.product(input, values, bias, lists.crow_indices, columns, None, weight.shape[0], None)
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, lists: ActiveBlocks, block_shape: tuple[int, int]) -> Tensor:
@@ -30,7 +38,7 @@ def input_gradient(gradient: Tensor, weight: Tensor, lists: ActiveBlocks, block_
     columns = _lines(lists.ccol_indices)
     rows = lists.row_indices[: columns.numel()]
     values = _grid(weight, block_shape)[rows, columns].transpose(1, 2)
-    return blocks_product(gradient, values, None, lists.ccol_indices, rows, None, weight.shape[1], None)
+    return block_sparse.product(gradient, values, None, lists.ccol_indices, rows, None, weight.shape[1], None)
 
 
 def weight_gradient(
@@ -38,11 +46,16 @@ def weight_gradient(
 ) -> Tensor:
     """The gradient of the weight, zero in pruned blocks."""
     rows, columns = _by_rows(lists)
-    result = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    _grid(result, block_shape)[rows, columns] = values_product(
-        gradient, input, lists.crow_indices, columns, block_shape
-    )
-    return result
+    result = torch.zeros_like(weight, dtype=gradient.dtype, memory_format=torch.contiguous_format)
+    if _compiled(gradient.dtype):
+        from sdp_kernels.masked_linear.engine import add_weight_gradient
+
+        slope, x = (tensor.detach().contiguous().numpy() for tensor in (gradient, input))
+        add_weight_gradient(slope, x, rows.int().numpy(), columns.numpy(), block_shape, result.numpy())
+    else:
+        values = values_product(gradient, input, lists.crow_indices, columns, block_shape)
+        _grid(result, block_shape)[rows, columns] = values
+    return result.to(weight.dtype)
 
 
 def _grid(weight: Tensor, block_shape: tuple[int, int]) -> Tensor:

@@ -37,10 +37,10 @@ def masked_linear(
     survive, `zero_` and a plain `F.linear` are cheaper.
 
     With a `BitMask` that has lists of blocks, all three products visit the kept blocks only: on a GPU blocks whose
-    sides are 16, 32, 64 or 128; on a CPU, in float32 and float64, up to a density of 0.3 (with numba, the extra
-    `cpu`, by a compiled engine). Any other mask is applied to the weight in registers on a GPU with up to 256 tokens,
-    and otherwise to a copy that lives for one dense product and is made again in backward, where the result is that
-    of `F.linear` bit for bit.
+    sides are 16, 32, 64 or 128; on a CPU up to a density of 0.5 in float32 by a compiled engine (with numba, the
+    extra `cpu`), and otherwise up to 0.3 in float32 and float64. Any other mask is applied to the weight in registers
+    on a GPU with up to 256 tokens, and otherwise to a copy that lives for one dense product and is made again in
+    backward, where the result is that of `F.linear` bit for bit.
 
     Args:
         input: (..., in), any float dtype.
