@@ -215,8 +215,11 @@ def _recorded_calls(
 
         return record
 
-    body, given = (model, dict(inputs)) if inputs is not None else _plain_inputs(model)
-    values: dict[str, Any] = {name: value[:1].expand(PROBES, *value.shape[1:]) for name, value in given.items()}
+    body, given = _plain_inputs(model) if inputs is None else (model, inputs)
+    values: dict[str, Any] = {
+        name: value[:1].expand(PROBES, *value.shape[1:]) if isinstance(value, Tensor) else value
+        for name, value in given.items()
+    }
     if "use_cache" in inspect.signature(body.forward).parameters:
         values["use_cache"] = False
     handles = [
@@ -234,7 +237,7 @@ def _recorded_calls(
     raise ValueError(f"the model's forward did not run {', '.join(set(blocks) - set(calls))}; pass `inputs` that do")
 
 
-def _plain_inputs(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+def _plain_inputs(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """Return the body of a transformers model and inputs for it."""
     body: nn.Module = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
     config: Any = getattr(body, "config", None)
@@ -245,9 +248,12 @@ def _plain_inputs(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         decoder = "decoder_input_ids" in inspect.signature(body.forward).parameters
         return body, {"input_ids": ids} | ({"decoder_input_ids": ids} if decoder else {})
     if kind == "pixel_values":
-        size = config.image_size
+        # One patch is enough, where the model takes images of another size: attention over 196 takes minutes.
+        resizes = "interpolate_pos_encoding" in inspect.signature(body.forward).parameters
+        size = config.patch_size if resizes else config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        return body, {"pixel_values": torch.zeros(1, config.num_channels, height, width, device=device)}
+        pixels = torch.zeros(1, config.num_channels, height, width, device=device)
+        return body, {"pixel_values": pixels} | ({"interpolate_pos_encoding": True} if resizes else {})
     raise ValueError(f"{type(model).__name__} takes neither input_ids nor pixel_values; pass `inputs`")
 
 
@@ -304,7 +310,7 @@ def _connect(consumer: str, columns: int, pairs: dict[str, Tensor]) -> Coupling 
 
 def _distinct(values: Tensor) -> Tensor:
     """The distinct values, ascending."""
-    distinct: Tensor = torch.unique(values)  # type: ignore[no-untyped-call]
+    distinct: Tensor = torch.unique(values)
     return distinct
 
 
