@@ -1,18 +1,23 @@
 """Self-distilled pruning for Hugging Face models.
 
-Names are imported when they are first used, so that `import sdprune` stays cheap.
+Names are imported when they are first used. `import sdprune` itself only makes the checkpoint format known to
+transformers, if that is installed, so that plain `AutoModel*.from_pretrained` loads what `export` wrote.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdprune.config import SDPruneConfig as SDPruneConfig
     from sdprune.deployment.export import export as export
+    from sdprune.deployment.loader import load as load
     from sdprune.deployment.plan import plan as plan
+    from sdprune.deployment.quantization_config import SDPruneQuantizationConfig as SDPruneQuantizationConfig
     from sdprune.deployment.sparse_linear import BlockSparseLinear as BlockSparseLinear
+    from sdprune.masking.freeze import freeze_sparsity as freeze_sparsity
     from sdprune.masking.layers import MaskedLinear as MaskedLinear
     from sdprune.pipelines.prune_then_distill import PruneThenDistillResult as PruneThenDistillResult
     from sdprune.pipelines.prune_then_distill import prune_then_distill as prune_then_distill
@@ -28,8 +33,11 @@ _HOMES = {
     "PruneThenDistillResult": "sdprune.pipelines.prune_then_distill",
     "SDPruneCallback": "sdprune.training.callback",
     "SDPruneConfig": "sdprune.config",
+    "SDPruneQuantizationConfig": "sdprune.deployment.quantization_config",
     "SDPruneTrainer": "sdprune.training.trainer",
     "export": "sdprune.deployment.export",
+    "freeze_sparsity": "sdprune.masking.freeze",
+    "load": "sdprune.deployment.loader",
     "plan": "sdprune.deployment.plan",
     "prune": "sdprune.pipelines.self_distilled",
     "prune_then_distill": "sdprune.pipelines.prune_then_distill",
@@ -42,8 +50,11 @@ __all__ = [
     "PruneThenDistillResult",
     "SDPruneCallback",
     "SDPruneConfig",
+    "SDPruneQuantizationConfig",
     "SDPruneTrainer",
     "export",
+    "freeze_sparsity",
+    "load",
     "plan",
     "prune",
     "prune_then_distill",
@@ -58,3 +69,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if importlib.util.find_spec("transformers") is not None:  # masked layers and losses work without it
+    from sdprune.deployment.loader import register
+
+    register()

@@ -2,79 +2,152 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sdprune.config import SDPruneConfig
-from sdprune.files import new_directory, write_text
-from sdprune.masking.pruner import masked_fraction, measure_sparsity
-from sdprune.masking.select import select_linears
-from sdprune.masking.swap import masked_layers
+from sdprune.deployment.conversion import Records, dense_copy, dense_names, dense_weight, find_records, store
+from sdprune.deployment.plan import BLOCK_SHAPES
+from sdprune.deployment.plan_record import Plan
+from sdprune.deployment.storage import UNSTRUCTURED
+from sdprune.files import new_directory
+from sdprune.masking.pruner import measure_sparsity
 
-FORMATS = ("plain",)
+if TYPE_CHECKING:
+    from sdprune.deployment.quantization_config import SDPruneQuantizationConfig
+
+FORMATS = ("plain", "portable", "compact")
+VARIANT = "compact"
 
 
 def export(
     model: Any,
     directory: str | Path,
-    format: str = "plain",
+    format: str | None = None,
     *,
     config: SDPruneConfig | None = None,
     processing_class: Any = None,
+    plan: Plan | None = None,
+    max_shard_size: int | str = "50GB",
 ) -> Path:
     """Write a pruned model into a new folder; the folder is whole or absent, and the model stays as it is.
 
-    "plain": dense safetensors with exact zeros and a `sdprune` section in config.json that tells the sparsity of
-    every layer. `AutoModel*.from_pretrained(directory)` loads it, with or without this package, to the same
-    logits. Its zeros take as much space and time as other numbers.
+    Every format has dense safetensors with exact zeros and a `sdprune` section in config.json that tells the sparsity
+    of every layer, and `AutoModel*.from_pretrained(directory)` loads it, with or without this package, to the same
+    model. Dense zeros take as much space and time as other numbers.
+
+    - "plain": no more than that: right in every tool.
+    - "portable": config.json also tells, as `quantization_config`, which layers are sparse or narrower, so that they
+      become so when they are loaded after `import sdprune`. Without the package they load dense, after a warning.
+      Engines that look at `quant_method` themselves may refuse the folder.
+    - "compact": portable, and beside the dense weights their small form, `model.compact.safetensors`, which
+      `from_pretrained(directory, variant="compact")` loads after `import sdprune`.
+
+    What a layer becomes, `plan` tells: blocks, or a matrix without its empty rows and columns; layers that it leaves
+    dense are stored under a bit mask in the compact file. Without a plan the zeros decide by what takes the fewest
+    bytes: blocks of one of the usual shapes (and of the shape in `config`), a narrower matrix, a bit mask. Layers
+    under a bit mask are dense again once loaded.
 
     Args:
-        model: a transformers model, with masked layers or with zeros in dense ones.
+        model: a transformers model, with masked layers, with zeros in dense ones, or loaded with sparse layers.
         directory: the folder to make.
-        format: "plain".
+        format: "plain", "portable" or "compact"; None: portable if a layer becomes sparse or narrower, otherwise
+            plain.
         config: how the model was pruned, for the record; None: not recorded.
         processing_class: tokenizer to save beside the model.
+        plan: what `sdprune.plan` chose for the model; None: the zeros decide.
+        max_shard_size: of one file, as in `save_pretrained`.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: an unknown format, or a folder that exists and is not empty.
+        ValueError: an unknown format, nothing to compact, a plan of another model, or a folder that exists and is not
+            empty.
         TypeError: `model` is no transformers model.
     """
-    if format not in FORMATS:
+    if format not in (None, *FORMATS):
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
     if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    section = {"version": 1, "format": format, "layers": _layer_sparsity(model, config)}
-    if config is not None:
-        section["pruning"] = config.to_dict()
-    with new_directory(Path(directory)) as folder:
-        model.save_pretrained(folder, state_dict=dense_state_dict(model))
-        path = folder / "config.json"
-        values = json.loads(path.read_text(encoding="utf-8")) | {"sdprune": section}
-        write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
-        if processing_class is not None:
-            processing_class.save_pretrained(folder)
+    with torch.no_grad():
+        dense = plain_copy(model)
+        records = {} if format == "plain" else _records(dense, config, plan)
+        if format is None:
+            sparse = any(record.structure != UNSTRUCTURED for record in records.values())
+            format = "portable" if sparse else "plain"
+        if format == "compact" and not records:
+            raise ValueError("format must be 'plain': no layer of the model has enough zeros to be stored smaller")
+        section: dict[str, Any] = {"version": 1, "format": format, "layers": _layer_sparsity(dense)}
+        if config is not None:
+            section["pruning"] = config.to_dict()
+        dense.config.sdprune = section
+        if format != "plain":
+            dense.config.quantization_config = _tag(records).to_dict()
+        with new_directory(Path(directory)) as folder:
+            dense.save_pretrained(folder, max_shard_size=max_shard_size)
+            if format == "compact":
+                store(dense, records)
+                dense.save_pretrained(folder, variant=VARIANT, max_shard_size=max_shard_size)
+            if processing_class is not None:
+                processing_class.save_pretrained(folder)
     return Path(directory)
+
+
+def plain_copy(model: Any) -> Any:
+    """Return a model around the same tensors whose layers are all dense, zeros in place, without any tag.
+
+    What it computes equals what `model` does, up to rounding; for tools that know only dense layers.
+    """
+    tag = getattr(model.config, "quantization_config", None)
+    dense = dense_copy(model, getattr(tag, "records", None))
+    if hasattr(tag, "records"):
+        del dense.config.quantization_config
+        for name in ("hf_quantizer", "quantization_method"):
+            if hasattr(dense, name):
+                delattr(dense, name)
+        dense.is_quantized = False
+        for module in dense.modules():
+            module_config: Any = getattr(module, "config", None)
+            if hasattr(module_config, "_is_quantized"):
+                del module_config._is_quantized
+    return dense
 
 
 @torch.no_grad()
 def dense_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the state of the model as if its masked layers were dense: zeros in the weights, no masks."""
-    state = dict(model.state_dict())
-    for name, layer in masked_layers(model).items():
-        del state[f"{name}.mask"]
-        weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = weight.masked_fill(~layer.bit_mask.to_bool(), 0.0)
-    return state
+    """Return the state of the model as if its masked and sparse layers were dense: zeros in the weights, no masks."""
+    return dict(dense_copy(model).state_dict())
 
 
-def _layer_sparsity(model: torch.nn.Module, config: SDPruneConfig | None) -> dict[str, float]:
-    if masked_fraction(model) > 0.0:
-        return {name: layer.sparsity for name, layer in masked_layers(model).items()}
-    return measure_sparsity(model, select_linears(model, config or SDPruneConfig())).layers
+def _records(dense: Any, config: SDPruneConfig | None, plan: Plan | None) -> Records:
+    if plan is not None:
+        _check_plan(dense, plan)
+        return find_records(dense, block_shapes=(), choices=plan.choices)
+    own = () if config is None or config.block_shape is None else (config.block_shape,)
+    return find_records(dense, block_shapes=tuple(dict.fromkeys((*own, *BLOCK_SHAPES))))
+
+
+def _check_plan(dense: Any, plan: Plan) -> None:
+    names = set(dense_names(dense))
+    for layer in plan.layers:
+        shape = tuple(dense_weight(dense.get_submodule(layer.name)).shape) if layer.name in names else None
+        if shape != tuple(layer.shape):
+            raise ValueError(
+                f"plan must be of this model: its layer {layer.name!r} has shape {tuple(layer.shape)}, got {shape}"
+            )
+
+
+def _tag(records: Records) -> SDPruneQuantizationConfig:
+    from sdprune.deployment.quantization_config import SDPruneQuantizationConfig
+
+    return SDPruneQuantizationConfig({name: record.to_dict() for name, record in records.items()})
+
+
+def _layer_sparsity(dense: Any) -> dict[str, float]:
+    """The fraction of zeros of every layer that has any."""
+    sparsity = measure_sparsity(dense, dense_names(dense))
+    return {name: zeros for name, zeros in sparsity.layers.items() if zeros > 0.0}

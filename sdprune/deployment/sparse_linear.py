@@ -111,6 +111,11 @@ class BlockSparseLinear(nn.Module):
         return linear.train(self.training)
 
     @property
+    def weight(self) -> Tensor:
+        """The kept blocks under another name, because models ask a linear layer's weight for its dtype and device."""
+        return self.values
+
+    @property
     def matrix(self) -> BlockSparseMatrix:
         """The weight, around the tensors of this layer."""
         lists = BlockLists(

@@ -30,7 +30,8 @@ ORDER = (
     "commands",
     "cli",
 )
-HEAVY = ("transformers", "datasets", "sklearn", "matplotlib", "pandas", "triton", "scipy", "accelerate")
+HEAVY = ("transformers.trainer", "datasets", "sklearn", "matplotlib", "pandas", "scipy")
+BROUGHT = ("triton", "accelerate")  # transformers.quantizers brings these where some other packages are installed
 
 
 def run(code: str) -> str:
@@ -40,18 +41,29 @@ def run(code: str) -> str:
 
 
 def test_importing_sdprune_is_cheap():
-    """At most 0.2 s after torch, and none of the heavy packages."""
+    """At most 0.2 s after `import torch, transformers.quantizers`, and no heavy package that these do not bring."""
     found = run(
-        "import time, torch; start = time.perf_counter(); import sdprune; took = time.perf_counter() - start; "
-        f"import sys; print(took, *[name for name in {HEAVY!r} if name in sys.modules])"
+        "import sys, time, torch, transformers.quantizers; before = set(sys.modules); start = time.perf_counter(); "
+        f"import sdprune; print(time.perf_counter() - start, *[name for name in {HEAVY!r} if name in sys.modules], "
+        f"*[name for name in {BROUGHT!r} if name in sys.modules and name not in before])"
     ).split()
     assert found[1:] == []
     assert float(found[0]) < 0.2
 
 
+def test_importing_sdprune_makes_the_format_known():
+    code = (
+        "import importlib, sdprune; importlib.reload(sdprune); "
+        "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known; "
+        "print(known['sdprune'] is sdprune.SDPruneQuantizationConfig)"
+    )
+    assert run(code) == "True"
+
+
 def test_public_names():
     names = ["BlockSparseLinear", "MaskedLinear", "PruneResult", "PruneThenDistillResult"]
-    names += ["SDPruneCallback", "SDPruneConfig", "SDPruneTrainer", "export", "plan", "prune", "prune_then_distill"]
+    names += ["SDPruneCallback", "SDPruneConfig", "SDPruneQuantizationConfig", "SDPruneTrainer"]
+    names += ["export", "load", "plan", "prune", "prune_then_distill"]
     assert sdprune.__all__ == names
     assert dir(sdprune) == names
     for name in names:

@@ -99,7 +99,7 @@ def test_another_architecture(tmp_path):
 
 def test_wrong_input(pruned, tmp_path):
     model, _ = pruned
-    with pytest.raises(ValueError, match="format must be one of 'plain', got 'compac'"):
+    with pytest.raises(ValueError, match="format must be one of 'plain', 'portable', 'compact', got 'compac'"):
         export(model, tmp_path / "a", "compac")
     with pytest.raises(TypeError, match="model must be a transformers model, got Linear"):
         export(torch.nn.Linear(2, 2), tmp_path / "a")

@@ -1,0 +1,343 @@
+"""Loading stored layers: through `AutoModel*.from_pretrained` once `sdprune` is imported, or by `load` without hooks.
+
+Every stored layer is checked in its file, in the file's own dtype, before anything is built from it: shapes, indices,
+content. What does not fit is an error, so that no model comes up with weights that are wrong or made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from sdprune.deployment.conversion import (
+    Records,
+    dense_copy,
+    dense_names,
+    dense_weight,
+    find_records,
+    make_layer,
+    pack_layer,
+    renewed,
+)
+from sdprune.deployment.plan import BLOCK_SHAPES
+from sdprune.deployment.quantization_config import METHOD, SDPruneQuantizationConfig
+from sdprune.deployment.storage import (
+    INDICES,
+    NARROW,
+    UNSTRUCTURED,
+    LayerRecord,
+    StoredLinear,
+    Tensors,
+    pack,
+    verify,
+)
+from sdprune.deployment.weight_files import WeightFiles, check_inside
+from sdprune.masking.linears import is_conv1d
+
+
+class SDPruneQuantizer(HfQuantizer):
+    """Swaps stored layers in while transformers loads a model, and writes them back dense, with their zeros.
+
+    Only the two hooks around loading, the one for saving and the flags of the base class are used.
+    """
+
+    requires_calibration = False
+    quantization_config: Any
+
+    def __init__(self, quantization_config: SDPruneQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._stored: dict[str, tuple[LayerRecord, Tensors | None]] = {}
+
+    def is_serializable(self) -> bool:
+        """Say that `save_pretrained` works: dense weights with the tag, right in every tool."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The layers train."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The Trainer asks this."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The layers compile."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        records = self.quantization_config.records
+        if records:
+            files = _open(model, checkpoint_files)
+            self._stored = prepare(model, records, files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            self.quantization_config.take(convert_zeros(model, self.quantization_config))
+            return model
+        build(model, self._stored)
+        self.quantization_config.take(own_records(self._stored))
+        self._stored = {}
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the dense state, and renew the records, which `save_pretrained` writes next."""
+        records = self.quantization_config.records
+        dense = dense_copy(model, records)
+        self.quantization_config.take(renewed(dense, records))
+        return dense.state_dict(), {}
+
+
+def register() -> None:
+    """Make transformers know the format; again does nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(SDPruneQuantizationConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(SDPruneQuantizer)
+
+
+def prepare(model: Any, records: Records, files: WeightFiles) -> dict[str, tuple[LayerRecord, Tensors | None]]:
+    """Check every stored layer in its file, and shape the model to take the tensors as they are stored.
+
+    Args:
+        model: still without weights, usually on the meta device.
+        records: from config.json, by the names of the tensors in the files.
+        files: of the checkpoint.
+
+    Returns:
+        By the names in the model, which may have one prefix more or less, the record of each layer, and its packed
+        tensors where the file holds the dense weight. Layers that this class of model does not have are left out.
+
+    Raises:
+        ValueError: a tensor is missing or is not what the record tells; the message names file and field.
+    """
+    found: dict[str, tuple[LayerRecord, Tensors | None]] = {}
+    names = {name: _name_in_model(model, name) for name in records}
+    for name, record in records.items():
+        compact = any(f"{name}.{index}" in files for index in INDICES[record.structure])
+        tensors = _read_compact(name, record, files) if compact else _read_dense(name, record, records, files)
+        verify(tensors, record, name, files.file_of(f"{name}.weight"))
+        own = names[name]
+        if own is None:
+            continue
+        module = model.get_submodule(own)
+        _check_module(module, record, name)
+        if record.consumer is not None:
+            record = _with_consumer(record, names[record.consumer])
+        found[own] = (record, None if compact else tensors)
+        if compact:
+            dtype, device = module.weight.dtype, module.weight.device
+            empty = {
+                key: torch.empty(value.shape, dtype=value.dtype if key != "weight" else dtype, device=device)
+                for key, value in tensors.items()
+            }
+            model.set_submodule(own, StoredLinear(empty, module.bias))
+    return found
+
+
+@torch.no_grad()
+def build(model: Any, stored: Mapping[str, tuple[LayerRecord, Tensors | None]]) -> None:
+    """Replace what was loaded by the layers that compute with it, in place."""
+    for name, (record, tensors) in stored.items():
+        module = model.get_submodule(name)
+        if tensors is None:
+            tensors = module.tensors()
+        elif record.structure == UNSTRUCTURED:
+            continue
+        else:  # gathered in the file's dtype: a value that underflows in the model's must not lose its place
+            weight = module.weight
+            tensors = {
+                key: value.to(weight.device, weight.dtype if key == "weight" else value.dtype)
+                for key, value in tensors.items()
+            }
+        model.set_submodule(name, make_layer(tensors, module.bias, record).train(module.training))
+
+
+@torch.no_grad()
+def convert_zeros(model: Any, config: SDPruneQuantizationConfig) -> Records:
+    """Convert the layers of a dense model whose zeros allow it, in place; returns their records."""
+    if config.block_shape is not None:
+        sides = f"{config.block_shape[0]}x{config.block_shape[1]}"
+        choices = dict.fromkeys(dense_names(model), sides)
+        records = find_records(model, block_shapes=(), choices=choices)
+    else:
+        records = find_records(model, block_shapes=BLOCK_SHAPES)
+    kept = {
+        name: record
+        for name, record in records.items()
+        if record.structure != UNSTRUCTURED and record.density <= config.max_density
+    }
+    for name, record in kept.items():
+        module = model.get_submodule(name)
+        layer = make_layer(pack_layer(model, name, record, kept), module.bias, record)
+        model.set_submodule(name, layer.train(module.training))
+    return kept
+
+
+def own_records(stored: Mapping[str, tuple[LayerRecord, Any]]) -> Records:
+    """Return the records alone."""
+    return {name: record for name, (record, _) in stored.items()}
+
+
+def load(
+    directory: str | Path,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    auto_class: Any = None,
+) -> Any:
+    """Load an exported folder without the loading hooks of transformers: config, empty model, tensors, layers.
+
+    Args:
+        directory: a local folder that `sdprune.export` wrote, in any format.
+        variant: "compact" for the compact files; None for the plain ones.
+        dtype: of the floating-point weights; None: as they are stored.
+        auto_class: such as `transformers.AutoModelForSequenceClassification`; None: the class that was exported.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: a file is damaged or does not belong to this folder, or tensors are missing or unknown; the message
+            names file and field.
+        FileNotFoundError: a file is missing.
+    """
+    import transformers
+
+    folder = Path(directory)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'} is missing")
+    files = WeightFiles.of(folder, variant)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    values = getattr(config, "quantization_config", None) or {"quant_method": METHOD}
+    storage = SDPruneQuantizationConfig(**values)
+    if auto_class is None:
+        name = (config.architectures or [""])[0]
+        made = getattr(transformers, name, None)
+        if made is None:
+            raise ValueError(f"{folder / 'config.json'}: architectures must name a class of transformers, got {name!r}")
+        model = made._from_config(config)
+    else:
+        model = auto_class.from_config(config)
+    stored = prepare(model, storage.records, files)
+    _fill(model, files)
+    build(model, stored)
+    if dtype is not None:
+        model.to(dtype)
+    storage.take(own_records(stored))
+    if stored:
+        _attach(model, storage)
+    return model.eval()
+
+
+def _fill(model: nn.Module, files: WeightFiles) -> None:
+    """Put the tensors of the files in place of those of the model, in the dtype of the files."""
+    names = files.names()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    with torch.no_grad():
+        own = model.state_dict(keep_vars=True)
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        renamed = {name: _key_in(own, name, prefix) for name in names}
+        missing = own.keys() - set(renamed.values()) - set(tied)
+        if missing:
+            raise ValueError(f"{files.file_of('')}: tensor {min(missing)!r} is missing ({len(missing)} in all)")
+        for name, key in renamed.items():
+            if key is None:
+                continue
+            tensor, target = files.read(name), own[key]
+            if tensor.shape != target.shape:
+                raise ValueError(
+                    f"{files.file_of(name)}: {name} must have shape {tuple(target.shape)}, got {tuple(tensor.shape)}"
+                )
+            target.data = tensor
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+
+
+def _key_in(own: Mapping[str, Any], name: str, prefix: str) -> str | None:
+    return next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in own), None)
+
+
+def _attach(model: Any, config: SDPruneQuantizationConfig) -> None:
+    """What `save_pretrained` and the Trainer look at."""
+    model.config.quantization_config = config
+    model.hf_quantizer = SDPruneQuantizer(config)
+    model.is_quantized, model.quantization_method = True, METHOD
+
+
+def _open(model: Any, checkpoint_files: Iterable[str] | None) -> WeightFiles:
+    if not checkpoint_files:
+        raise ValueError("a model with stored layers must be loaded from files, got none (was a state_dict given?)")
+    folder = Path(model.config.name_or_path)
+    for file in checkpoint_files:
+        if folder.is_dir():  # a hub cache links to files elsewhere, and refuses such names itself
+            name = str(Path(file).relative_to(folder)) if Path(file).is_relative_to(folder) else file
+            check_inside(folder, name, "the checkpoint (index file or config.json)")
+    return WeightFiles(checkpoint_files)
+
+
+def _read_compact(name: str, record: LayerRecord, files: WeightFiles) -> Tensors:
+    return {key: files.read(f"{name}.{key}") for key in ("weight", *INDICES[record.structure])}
+
+
+def _read_dense(name: str, record: LayerRecord, records: Records, files: WeightFiles) -> Tensors:
+    def read(layer: str, known: LayerRecord) -> torch.Tensor:
+        weight = files.read(f"{layer}.weight")
+        shape = known.shape[::-1] if known.transposed else known.shape
+        if tuple(weight.shape) != shape:
+            file = files.file_of(f"{layer}.weight")
+            text = f"{file}: {layer}.weight must have shape {shape} as config.json tells, got {tuple(weight.shape)}"
+            raise ValueError(text)
+        return weight.T if known.transposed else weight
+
+    rows = None
+    if record.consumer is not None:
+        consumer = records[record.consumer]
+        rows = pack(read(record.consumer, consumer), NARROW, removed="columns")["columns"]
+    try:
+        return pack(read(name, record), record.structure, record.block_shape, removed=record.removed, rows=rows)
+    except ValueError as error:
+        raise ValueError(f"{files.file_of(f'{name}.weight')}: {name}.weight: {error}") from None
+
+
+def _name_in_model(model: Any, name: str) -> str | None:
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return None
+
+
+def _check_module(module: Any, record: LayerRecord, name: str) -> None:
+    kind, transposed = type(module), is_conv1d(module)
+    shape = tuple(dense_weight(module).shape) if transposed or isinstance(module, nn.Linear) else None
+    if shape != record.shape or transposed != record.transposed:
+        raise ValueError(
+            f"config.json: quantization_config.modules[{name!r}] has shape {list(record.shape)}"
+            f"{', transposed' if record.transposed else ''}, but the layer of the model is {kind.__name__}"
+            f"{'' if shape is None else f' of {list(shape)}'}"
+        )
+
+
+def _with_consumer(record: LayerRecord, consumer: str | None) -> LayerRecord:
+    return replace(record, consumer=consumer)
