@@ -63,7 +63,7 @@ def test_importing_sdprune_makes_the_format_known():
 def test_public_names():
     names = ["BlockSparseLinear", "MaskedLinear", "PruneResult", "PruneThenDistillResult"]
     names += ["SDPruneCallback", "SDPruneConfig", "SDPruneQuantizationConfig", "SDPruneTrainer"]
-    names += ["export", "load", "plan", "prune", "prune_then_distill"]
+    names += ["export", "freeze_sparsity", "load", "plan", "prune", "prune_then_distill"]
     assert sdprune.__all__ == names
     assert dir(sdprune) == names
     for name in names:
