@@ -45,12 +45,26 @@ def product(
     Returns:
         (tokens, out_features), of the dtype of the input.
     """
-    if input.dtype in KERNEL_DTYPES and _numba_installed():
+    if is_compiled(input.dtype):
         return _compiled_product(input, values, bias, offsets, neighbours, positions, out_features, activation)
     output = rows_product(input, values, offsets, neighbours, positions, out_features).contiguous()
     if bias is not None:
         output += bias
     return output if activation is None else ACTIVATE_[activation](output)
+
+
+def is_compiled(dtype: torch.dtype) -> bool:
+    """Whether the compiled engine takes products of this dtype."""
+    return dtype in KERNEL_DTYPES and _numba_installed()
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products; numba must be installed."""
+    import llvmlite.binding
+
+    features = llvmlite.binding.get_host_cpu_features()
+    return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
 
 
 @functools.cache

@@ -157,9 +157,9 @@ class BlockSparseMatrix:
         """(out, in), zero where no block is kept; differentiable by `values`."""
         rows, columns = self.grid
         height, width = self.block_shape
-        place = self.lists.block_rows.long() * columns + self.col_indices
-        blocks = self.values.new_zeros(rows * columns, height, width).index_copy(0, place, self.values)
-        dense = blocks.view(rows, columns, height, width).transpose(1, 2).reshape(rows * height, columns * width)
+        dense = self.values.new_zeros(rows * height, columns * width)
+        blocks = dense.view(rows, height, columns, width).transpose(1, 2)
+        blocks[self.lists.block_rows.long(), self.col_indices.long()] = self.values
         return dense[: self.shape[0], : self.shape[1]]
 
     @property

@@ -1,11 +1,13 @@
 """Block-sparse linear map: public function, checks, autograd, registration."""
 
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sdp_kernels.block_sparse_linear.break_even import edge_passed
 from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
 from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS, block_sparse_linear_reference
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
@@ -22,6 +24,7 @@ def block_sparse_linear(
     bias: Tensor | None = None,
     *,
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] | None = None,
+    path: Literal["auto", "sparse", "dense"] = "auto",
 ) -> Tensor:
     """`activation(input @ weight.T + bias)`, with work only for the kept blocks of the weight.
 
@@ -29,22 +32,27 @@ def block_sparse_linear(
     values of the weight and the bias. On a CPU the compiled engine needs numba (the extra `cpu`); without it
     the products are dense ones in torch, one for each row of blocks.
 
+    Where so many blocks are kept that a dense product is estimated to be faster (`reasons_for_dense` in
+    break_even.py says when and why), a dense weight is made from the blocks, multiplied with and thrown away.
+
     Args:
         input: (..., in), float32, float16, bfloat16 or float64, with any number of tokens, also none.
         weight: (out, in), with values of the input's dtype unless autocast converts both, as for `F.linear`.
         bias: (out,) of the same dtype, or None.
         activation: applied to the result; "gelu" is the exact one (`F.gelu`), "gelu_tanh" its tanh approximation
             (https://arxiv.org/abs/1606.08415), "silu" is x * sigmoid(x).
+        path: "sparse" or "dense" whatever the estimate says, which "auto" follows. The backend "reference" is dense.
 
     Returns:
         (..., out), contiguous, the dtype that `F.linear` would return, also under autocast.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or an unknown activation.
+        ValueError: shapes, dtypes or devices do not fit, or an unknown activation or path.
         TypeError: the weight is no `BlockSparseMatrix`, or a tensor is not floating-point.
-        RuntimeError: on double backward, unless on the backend "reference".
+        RuntimeError: on double backward of the sparse path, unless on the backend "reference".
     """
     check_choice("activation", activation, tuple(ACTIVATIONS))
+    check_choice("path", path, ("auto", "sparse", "dense"))
     _check_tensors(input, weight, bias)
     values = weight.values
     dtype = _autocast_dtype(input)
@@ -56,7 +64,12 @@ def block_sparse_linear(
             raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
 
     backend = choose_backend("block_sparse_linear", (input, values), OFFERS, _against_triton(weight.block_shape))
-    if backend == "reference":
+    tokens = math.prod(input.shape[:-1])
+    if (
+        backend == "reference"
+        or path == "dense"
+        or (path == "auto" and edge_passed(weight, tokens, input.dtype, backend) is not None)
+    ):
         matrix = replace(weight, values=values)
         with torch.autocast(input.device.type, enabled=False):
             return block_sparse_linear_reference(input, matrix, bias, activation=activation)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda output: F.gelu(output, approximate="tanh"),
     "silu": F.silu,
 }
+sparse_linear = partial(block_sparse_linear, path="sparse")  # never the dense product, which would prove nothing
+
 ENGINES = ["engine", "gathered", "triton", "reference"]
 
 
@@ -65,7 +68,7 @@ def assert_is_dense(input: Tensor, matrix: BlockSparseMatrix, bias: Tensor | Non
     leaves = [input.clone().requires_grad_(), matrix.values.clone().requires_grad_()]
     dense = [leaf.detach().double().requires_grad_() for leaf in leaves]
     with use_backend(backend):
-        got = block_sparse_linear(leaves[0], replace(matrix, values=leaves[1]), bias_leaf)
+        got = sparse_linear(leaves[0], replace(matrix, values=leaves[1]), bias_leaf)
     double_bias = None if bias is None else bias.double().requires_grad_()
     expected = F.linear(dense[0], replace(matrix, values=dense[1]).to_dense(), double_bias)
     assert_near(got, expected)
@@ -132,9 +135,9 @@ def test_activations(engine: str, activation: Any, with_bias: bool) -> None:
     bias_used = bias if with_bias else None
     expected = ACTIVATIONS[activation](F.linear(input, matrix.to_dense(), bias_used))
     with use_backend(engine):
-        assert_near(block_sparse_linear(input, matrix, bias_used, activation=activation), expected)
+        assert_near(sparse_linear(input, matrix, bias_used, activation=activation), expected)
         leaf = input.clone().requires_grad_()
-        trained = block_sparse_linear(leaf, matrix, bias_used, activation=activation)
+        trained = sparse_linear(leaf, matrix, bias_used, activation=activation)
     assert_near(trained.detach(), expected)
     other = input.clone().requires_grad_()
     ACTIVATIONS[activation](F.linear(other, matrix.to_dense(), bias_used)).sum().backward()
@@ -149,7 +152,7 @@ def test_leading_dimensions_are_restored(engine: str, lead: tuple[int, ...]) -> 
     _, matrix, bias = case(1, (32, 48), (16, 16))
     input = torch.randn(*lead, 48)
     with use_backend(engine):
-        output = block_sparse_linear(input, matrix, bias)
+        output = sparse_linear(input, matrix, bias)
     assert output.shape == (*lead, 32)
     assert_near(output, F.linear(input, matrix.to_dense(), bias))
 
@@ -161,20 +164,20 @@ def test_strided_inputs(engine: str) -> None:
     values = replace(matrix, values=matrix.values.transpose(1, 2).contiguous().transpose(1, 2))
     with use_backend(engine):
         for other in strided:
-            assert_near(block_sparse_linear(other, matrix, bias), expected)
-        assert_near(block_sparse_linear(input, values, bias.repeat_interleave(2)[::2]), expected)
-        expanded = block_sparse_linear(input[:1].expand(20, 64), matrix, bias)
+            assert_near(sparse_linear(other, matrix, bias), expected)
+        assert_near(sparse_linear(input, values, bias.repeat_interleave(2)[::2]), expected)
+        expanded = sparse_linear(input[:1].expand(20, 64), matrix, bias)
     assert_near(expanded, expected[:1].expand(20, 64))
 
 
 def test_only_what_asks_gets_a_gradient(engine: str) -> None:
     input, matrix, bias = case(5, (32, 32), (16, 16))
     with use_backend(engine):
-        assert not block_sparse_linear(input, matrix, bias).requires_grad
+        assert not sparse_linear(input, matrix, bias).requires_grad
         bias.requires_grad_()
-        block_sparse_linear(input, matrix, bias).sum().backward()
+        sparse_linear(input, matrix, bias).sum().backward()
         with torch.no_grad():
-            assert not block_sparse_linear(input, matrix, bias, activation="gelu").requires_grad
+            assert not sparse_linear(input, matrix, bias, activation="gelu").requires_grad
     torch.testing.assert_close(bias.grad, torch.full((32,), 5.0))
     assert input.grad is None
     assert matrix.values.grad is None
@@ -185,9 +188,9 @@ def test_autocast_is_that_of_linear(dtype: torch.dtype, device: torch.device) ->
     input, matrix, bias = case(5, (32, 48), (16, 16))
     input, matrix, bias = input.to(device), matrix.to(device), bias.to(device)
     with torch.autocast(device.type, dtype=dtype):
-        output = block_sparse_linear(input, matrix, bias)
+        output = sparse_linear(input, matrix, bias)
         expected = F.linear(input, matrix.to_dense(), bias)
-        same = block_sparse_linear(input.double(), matrix.to(torch.float64), bias.double())
+        same = sparse_linear(input.double(), matrix.to(torch.float64), bias.double())
     assert output.dtype == expected.dtype == dtype
     torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
     assert same.dtype == torch.float64
@@ -220,7 +223,7 @@ def test_operators_are_registered_rightly(
 def test_compiles_without_graph_breaks(backend: str) -> None:
     def layer(input: Tensor, values: Tensor, matrix: BlockSparseMatrix, bias: Tensor) -> Tensor:
         with nullcontext() if backend == "default" else use_backend(backend):
-            return block_sparse_linear(input, replace(matrix, values=values), bias, activation="gelu")
+            return sparse_linear(input, replace(matrix, values=values), bias, activation="gelu")
 
     _, matrix, bias = case(1, (32, 48), (16, 16))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -243,7 +246,7 @@ def test_double_backward_raises() -> None:
     input, matrix, bias = case(5, (32, 32), (16, 16))
     input.requires_grad_()
     values = matrix.values.requires_grad_()
-    output = block_sparse_linear(input, matrix, bias).square().sum()
+    output = sparse_linear(input, matrix, bias).square().sum()
     (gradient,) = torch.autograd.grad(output, values, create_graph=True)
     with pytest.raises(RuntimeError, match=r"autograd|backward"):
         torch.autograd.grad(gradient.sum(), input)
@@ -252,11 +255,11 @@ def test_double_backward_raises() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_number_of_threads_changes_nothing(threads: int) -> None:
     input, matrix, bias = case(50, (200, 96), (32, 16))
-    expected = block_sparse_linear(input, matrix, bias)
+    expected = sparse_linear(input, matrix, bias)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(block_sparse_linear(input, matrix, bias), expected)
+        assert torch.equal(sparse_linear(input, matrix, bias), expected)
     finally:
         torch.set_num_threads(before)
 
@@ -282,7 +285,7 @@ def test_callers_on_several_threads(engine: str) -> None:
 
     def call(tokens: int) -> Tensor:
         with use_backend(engine):
-            return block_sparse_linear(input[:tokens], matrix, bias)
+            return sparse_linear(input[:tokens], matrix, bias)
 
     expected = F.linear(input, matrix.to_dense(), bias)
     with ThreadPoolExecutor(4) as pool:
@@ -346,16 +349,16 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
     activation = changes.pop("activation", None)
     arguments = {"input": input, "weight": weight, "bias": bias, **changes}
     with pytest.raises(error, match=message):
-        block_sparse_linear(**arguments, activation=activation)
+        sparse_linear(**arguments, activation=activation)
 
 
 def test_kernels_refuse_what_they_cannot_take(triton_backend: str) -> None:
     input, matrix, bias = case(3, (32, 48), (16, 16))
     with use_backend(triton_backend), pytest.raises(NotImplementedError, match=r"dtype torch.float64 is none of"):
-        block_sparse_linear(input.double(), matrix.to(torch.float64), bias.double())
+        sparse_linear(input.double(), matrix.to(torch.float64), bias.double())
     input, matrix, bias = case(3, (32, 48), (16, 24))
     with use_backend(triton_backend), pytest.raises(NotImplementedError, match=r"a block side of 24 is none of"):
-        block_sparse_linear(input, matrix, bias)
+        sparse_linear(input, matrix, bias)
 
 
 @pytest.mark.parametrize("block_shape", [(32, 16), (16, 128), (64, 64)])
@@ -365,8 +368,8 @@ def test_few_tokens_share_a_row_of_blocks(triton_backend: str, block_shape: tupl
     blocks, _, width = matrix.values.shape
     assert launch.choose_splits(8, blocks * width / (matrix.grid[0] * launch.STEP), 132) > 1
     with use_backend(triton_backend):
-        got = block_sparse_linear(input, matrix, bias, activation=activation)
-        again = block_sparse_linear(input, matrix, bias, activation=activation)
+        got = sparse_linear(input, matrix, bias, activation=activation)
+        again = sparse_linear(input, matrix, bias, activation=activation)
     assert_near(got, ACTIVATIONS[activation](F.linear(input, matrix.to_dense(), bias)))
     assert torch.equal(got, again)
 
