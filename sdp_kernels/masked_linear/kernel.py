@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdp_kernels.block_sparse_linear.launch import choose_launch, values_step, values_warps
 from sdp_kernels.dispatch import float32_precision, on_its_device
 from sdp_kernels.masked_linear import kernel_zero
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
@@ -116,11 +117,9 @@ def blocks_product(
 
 def _blocks_launch(tokens: int, height: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[int, int, int]:
     """Tokens of a tile, warps and stages, which fit into 99 KiB of shared memory."""
-    largest = 64 if dtype == torch.float32 else 128
-    block_tokens = min(largest, max(16, triton.next_power_of_2(tokens)))
-    wide = block_tokens * height >= (64 * 64 if dtype == torch.float32 else 128 * 128) or block_tokens > 2 * height
+    block_tokens, warps, _ = choose_launch(tokens, height, dtype, capability=86)
     stage = 64 * (block_tokens * dtype.itemsize + height * weight_dtype.itemsize)
-    return block_tokens, 8 if wide else 4, max(2, min(4, 92 * 1024 // stage))
+    return block_tokens, warps, max(2, min(4, 92 * 1024 // stage))
 
 
 @on_its_device
@@ -142,9 +141,9 @@ def weight_gradient(
         weight.shape[1],
         HEIGHT=height,
         WIDTH=width,
-        BLOCK_TOKENS=_gradient_tokens(input.dtype),
+        BLOCK_TOKENS=values_step(input.dtype),
         PRECISION=float32_precision(),
-        num_warps=_gradient_warps(block_shape),
+        num_warps=values_warps(block_shape),
         num_stages=2,
     )
     return result
@@ -172,20 +171,12 @@ def gated_gradient(
         MASKING="none" if mask is None else "bits" if mask.dtype == torch.int32 else "bool",
         HEIGHT=height,
         WIDTH=width,
-        BLOCK_TOKENS=_gradient_tokens(input.dtype),
+        BLOCK_TOKENS=values_step(input.dtype),
         PRECISION=float32_precision(),
-        num_warps=_gradient_warps(block_shape),
+        num_warps=values_warps(block_shape),
         num_stages=2,
     )
     return result, gate
-
-
-def _gradient_tokens(dtype: torch.dtype) -> int:
-    return 32 if dtype == torch.float32 else 64
-
-
-def _gradient_warps(block_shape: tuple[int, int]) -> int:
-    return 8 if block_shape == (128, 128) else 4
 
 
 @triton.jit
@@ -427,9 +418,9 @@ def configurations() -> Iterator[KernelConfig]:
             sides: dict[str, Any] = {
                 "HEIGHT": block_shape[0],
                 "WIDTH": block_shape[1],
-                "BLOCK_TOKENS": _gradient_tokens(dtype),
+                "BLOCK_TOKENS": values_step(dtype),
             }
-            warps = _gradient_warps(block_shape)
+            warps = values_warps(block_shape)
             yield KernelConfig(_weight_gradient_kernel, types, sides | precision, warps, 2, tensor_cores=half)
             for masking, mask in (("none", f"*{name}"), ("bits", "*i32"), ("bool", "*i1")):
                 constants = {"MASKING": masking} | sides
