@@ -38,7 +38,11 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     tokens, columns, outputs, density, side = shape
     grid = (outputs // side, columns // side) if side else (outputs, columns)
     keep = torch.rand(grid, device=device) < density / 100
-    mask = BitMask.from_blocks(keep, (side, side), (outputs, columns)) if side else BitMask.from_bool(keep)
+    mask = (
+        BitMask.from_blocks(keep, (side, side), (outputs, columns), density=density / 100)
+        if side
+        else BitMask.from_bool(keep)
+    )
     weight = torch.randn(outputs, columns, device=device) * mask.to_bool()
     return {
         "input": torch.randn(tokens, columns, device=device).to(dtype),

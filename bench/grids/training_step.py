@@ -29,7 +29,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     masks, weights = [], []
     for columns, rows in pairwise(sizes):
         keep = torch.rand(rows // side, columns // side, device=device) < density / 100
-        masks.append(BitMask.from_blocks(keep, (side, side), (rows, columns)))
+        masks.append(BitMask.from_blocks(keep, (side, side), (rows, columns), density=density / 100))
         scale = (columns * density / 200) ** -0.5
         weights.append((scale * torch.randn(rows, columns, device=device) * masks[-1].to_bool()).to(dtype))
     return {

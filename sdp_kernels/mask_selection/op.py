@@ -111,7 +111,9 @@ def select_mask(
         fraction = _checked_sparsity(sparsity)
         units = [_units(i, s, structure, block_shape, block_reduction) for i, s in enumerate(matrices)]
         kept = _highest_words(matrices, units, fraction, scope == "global", allow_empty, backend)
-        masks = [_mask_of(*each, structure, block_shape) for each in zip(kept, units, matrices, strict=True)]
+        masks = [
+            _mask_of(*each, structure, block_shape, 1 - fraction) for each in zip(kept, units, matrices, strict=True)
+        ]
     return masks[0] if isinstance(scores, Tensor) else masks
 
 
@@ -205,9 +207,15 @@ def _n_of_m_words(matrices: list[Tensor], n: int | None, m: int | None, backend:
 
 
 def _mask_of(
-    words: Tensor, units: Tensor, matrix: Tensor, structure: Structure, block_shape: tuple[int, int] | None
+    words: Tensor,
+    units: Tensor,
+    matrix: Tensor,
+    structure: Structure,
+    block_shape: tuple[int, int] | None,
+    density: float,
 ) -> BitMask:
     shape = (matrix.shape[0], matrix.shape[1])
     if structure == "unstructured":
         return BitMask(words, shape)
-    return BitMask.from_blocks(unpack_bits(words, units.shape[1]), block_shape or (1, shape[1]), shape)
+    keep = unpack_bits(words, units.shape[1])
+    return BitMask.from_blocks(keep, block_shape or (1, shape[1]), shape, density=density)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdp_kernels.masked_linear.blocks import SMALLEST_SIDE, ActiveBlocks
+from sdp_kernels.masked_linear.blocks import SMALLEST_SIDE, ActiveBlocks, exceeds_lists
 
 WORD_BITS = 32
 _GATHER_BITS = 0x0102040810204080  # times eight 0/1 bytes: their bits, in order, in the top byte
@@ -26,12 +26,15 @@ class BitMask:
         block_shape: (rows, columns) of the blocks that are kept or pruned as a whole, or None.
         lists: the kept blocks, which products walk along; made with the mask for blocks whose sides are 16 or
             more, otherwise None.
+        mostly_kept: whether so many blocks are kept that dense products are faster on a GPU. Set when the mask is
+            made, from what the host knows: to ask the device would stall it.
     """
 
     words: Tensor
     shape: tuple[int, int]
     block_shape: tuple[int, int] | None = None
     lists: ActiveBlocks | None = None
+    mostly_kept: bool = False
 
     @classmethod
     def from_bool(cls, mask: Tensor, *, block_shape: tuple[int, int] | None = None) -> "BitMask":
@@ -54,11 +57,21 @@ class BitMask:
         if not torch.equal(keep, blocks.any(3).any(1)):
             raise ValueError(f"mask must keep or prune blocks of shape {tuple(block_shape)} as a whole")
         sides = (block_shape[0], block_shape[1])
-        return cls(pack_bits(mask), shape, sides, _lists(keep, sides))
+        share = int(keep.count_nonzero()) / max(1, keep.numel())
+        return cls(pack_bits(mask), shape, sides, _lists(keep, sides), exceeds_lists(share, sides))
 
     @classmethod
-    def from_blocks(cls, blocks: Tensor, block_shape: tuple[int, int], shape: tuple[int, int]) -> "BitMask":
-        """Pack a boolean grid with one entry a block, True where kept.
+    def from_blocks(
+        cls, blocks: Tensor, block_shape: tuple[int, int], shape: tuple[int, int], *, density: float = 0.0
+    ) -> "BitMask":
+        """Pack a boolean grid with one entry a block, True where kept, without waiting for its device.
+
+        Args:
+            blocks: (block rows, block columns) bool.
+            block_shape: (rows, columns) of a block.
+            shape: (rows, columns) of the weight.
+            density: about which share of the blocks is kept, if the caller knows: it decides whether products with
+                many tokens on a GPU walk along the kept blocks or are dense. The mask itself does not depend on it.
 
         Raises:
             ValueError: the grid is not that of `shape` in blocks of `block_shape`.
@@ -68,7 +81,7 @@ class BitMask:
             raise ValueError(f"blocks must have shape {grid}, got {tuple(blocks.shape)}")
         keep, sides = blocks.bool(), (block_shape[0], block_shape[1])
         words = pack_bits(keep.repeat_interleave(sides[1], 1)).repeat_interleave(sides[0], 0)
-        return cls(words, (shape[0], shape[1]), sides, _lists(keep, sides))
+        return cls(words, (shape[0], shape[1]), sides, _lists(keep, sides), exceeds_lists(density, sides))
 
     def to_bool(self) -> Tensor:
         """The mask as a boolean matrix, True where kept."""
@@ -105,10 +118,12 @@ class BitMask:
     def to(self, device: torch.device | str) -> "BitMask":
         """The mask on another device."""
         lists = None if self.lists is None else self.lists.to(device)
-        return BitMask(self.words.to(device), self.shape, self.block_shape, lists)
+        return BitMask(self.words.to(device), self.shape, self.block_shape, lists, self.mostly_kept)
 
     def copy_(self, other: "BitMask") -> None:
         """Take over another mask in place, so that compiled code and CUDA graphs go on with the new one.
+
+        They also go on with the same products: `mostly_kept` stays as it is.
 
         Raises:
             ValueError: shapes or block shapes differ, or only one of the two has lists.

@@ -7,6 +7,10 @@ from torch import Tensor
 
 SMALLEST_SIDE = 16  # of blocks worth a list: smaller ones would make the lists larger than the words
 
+# Density of blocks, by their smaller side, up to which walking along them is faster on a GPU than a dense product with
+# many tokens. An estimate: an input element that is loaded feeds as many multiplications as the block has outputs.
+MOST_DENSE = {16: 0.1, 32: 0.2, 64: 0.3, 128: 0.5}
+
 
 @dataclass(frozen=True, eq=False)
 class ActiveBlocks:
@@ -45,6 +49,11 @@ class ActiveBlocks:
 
 
 torch.export.register_dataclass(ActiveBlocks, serialized_type_name="sdp_kernels.ActiveBlocks")
+
+
+def exceeds_lists(density: float, block_shape: tuple[int, int]) -> bool:
+    """Whether a GPU multiplies faster with all blocks than along the lists of the kept ones."""
+    return density > max((most for side, most in MOST_DENSE.items() if side <= min(block_shape)), default=0.0)
 
 
 def _compressed(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,10 +37,11 @@ def masked_linear(
     survive, `zero_` and a plain `F.linear` are cheaper.
 
     With a `BitMask` that has lists of blocks, all three products visit the kept blocks only: on a GPU blocks whose
-    sides are 16, 32, 64 or 128; on a CPU up to a density of 0.5 in float32 by a compiled engine (with numba, the
-    extra `cpu`), and otherwise up to 0.3 in float32 and float64. Any other mask is applied to the weight in registers
-    on a GPU with up to 256 tokens, and otherwise to a copy that lives for one dense product and is made again in
-    backward, where the result is that of `F.linear` bit for bit.
+    sides are 16, 32, 64 or 128, unless the mask is `mostly_kept` and there are more than 256 tokens; on a CPU up to a
+    density of 0.5 in float32 by a compiled engine (with numba, the extra `cpu`), and otherwise up to 0.3 in float32 and
+    float64. Any other mask is applied to the weight in registers on a GPU with up to 256 tokens, and otherwise to a
+    copy that lives for one dense product and is made again in backward, where the result is that of `F.linear` bit
+    for bit.
 
     Args:
         input: (..., in), any float dtype.
@@ -72,19 +73,21 @@ def masked_linear(
         if autocast is None and tensor is not None and tensor.dtype != input.dtype:
             raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
     keep = mask.words if isinstance(mask, BitMask) else mask
-    lists, sides = _lists_of(mask, backend)
+    lists, sides = _lists_of(mask, backend, input)
     output: Tensor = _masked_linear(
         input, weight, keep, bias, block_gate, lists, *sides, gradient == "dense", autocast, backend
     )
     return output
 
 
-def _lists_of(mask: Tensor | BitMask, backend: str) -> tuple[list[Tensor], tuple[int, int]]:
+def _lists_of(mask: Tensor | BitMask, backend: str, input: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
     """The lists of the kept blocks and the blocks' sides, as an operator takes them; empty where they are no use."""
     if backend == "reference" or not isinstance(mask, BitMask) or mask.lists is None or mask.block_shape is None:
         return [], (0, 0)
-    if backend == "triton" and not set(mask.block_shape) <= set(KERNEL_SIDES):
-        return [], (0, 0)
+    if backend == "triton":
+        many = input.numel() > FEW_TOKENS * input.shape[-1]  # with few, what counts is how much of the weight is read
+        if not set(mask.block_shape) <= set(KERNEL_SIDES) or (many and mask.mostly_kept):
+            return [], (0, 0)
     lists = mask.lists
     tensors = [lists.crow_indices, lists.col_indices, lists.ccol_indices, lists.row_indices]
     return tensors, mask.block_shape

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from sdp_kernels import BitMask
+from sdp_kernels import BitMask, masked_linear, use_backend
+from sdp_kernels.masked_linear import op
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 31), (2, 32), (5, 33), (7, 64), (4, 100), (1, 257), (0, 5), (3, 0)])
@@ -140,3 +141,44 @@ def test_copy_in_place() -> None:
         first.copy_(BitMask.from_bool(second.to_bool()))
     with pytest.raises(ValueError, match="other must have lists if and only if this mask has"):
         first.copy_(BitMask(second.words, second.shape, second.block_shape))
+
+
+@pytest.mark.parametrize(("side", "kept", "expected"), [(16, 1, False), (16, 2, True), (64, 3, False), (64, 4, True)])
+def test_knows_whether_lists_are_worthwhile(side: int, kept: int, expected: bool) -> None:
+    """As the caller says, or as a bool mask shows; copying another mask in place keeps the products as they are."""
+    keep = torch.arange(10).view(2, 5) < kept
+    shape = (2 * side, 5 * side)
+    told = BitMask.from_blocks(keep, (side, side), shape, density=kept / 10)
+    seen = BitMask.from_bool(told.to_bool(), block_shape=(side, side))
+    assert (told.mostly_kept, seen.mostly_kept) == (expected, expected)
+    assert told.to("cpu").mostly_kept == expected
+    assert not BitMask.from_blocks(keep, (side, side), shape).mostly_kept
+    full = BitMask.from_blocks(torch.ones(2, 5), (side, side), shape, density=1.0)
+    told.copy_(full)
+    assert told.equal(full)
+    assert told.mostly_kept == expected
+
+
+def test_a_mask_mostly_kept_is_multiplied_densely(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens are many; few walk along the kept blocks all the same."""
+    from sdp_kernels.masked_linear import kernel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    walks: list[int] = []
+    product = kernel.blocks_product
+    monkeypatch.setattr(kernel, "blocks_product", lambda *args: walks.append(1) or product(*args))
+    monkeypatch.setattr(op, "FEW_TOKENS", 4)
+    keep = torch.tensor([[True, False], [True, True]])
+    mask = BitMask.from_blocks(keep, (16, 16), (32, 32), density=0.75).to(device)
+    for tokens, expected in ((4, 2), (5, 0)):
+        walks.clear()
+        input = torch.randn(tokens, 32, device=device, requires_grad=True)
+        weight = torch.randn(32, 32, device=device, requires_grad=True)
+        with use_backend(triton_backend):
+            output = masked_linear(input, weight, mask)
+        dense = torch.nn.functional.linear(input, torch.where(mask.to_bool(), weight, 0))
+        torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-4)
+        gradients = torch.autograd.grad(output.sum(), (input, weight))
+        for got, want in zip(gradients, torch.autograd.grad(dense.sum(), (input, weight)), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert len(walks) == expected
