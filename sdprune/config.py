@@ -18,9 +18,10 @@ STRUCTURES = ("unstructured", "block")
 CRITERIA = ("magnitude",)
 SCOPES = ("layer", "global")
 SCHEDULES = ("one_shot", "uniform", "geometric", "cubic")
-OBJECTIVES = ("cross_correlation", "kl", "cosine")
+OBJECTIVES = ("cross_correlation", "kl", "cosine", "mse", "aligned_cosine", "aligned_frobenius")
 CORRELATION_TARGETS = ("identity", "teacher")
-REPRESENTATIONS = ("first", "mean", "pooled", "tokens")
+REPRESENTATIONS = ("first", "mean", "pooled", "tokens", "logits")
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,29 @@ class SDPruneConfig(CheckedConfig):
         target_modules: regular expression or several; a linear layer is pruned if one matches its whole dotted
             name. None: every linear layer of the encoder or decoder, without embeddings and heads.
         exclude_modules: regular expression or several; what matches is left alone.
-        distillation: "cross_correlation", "kl", "cosine", a mapping of these names to weights, or None.
+        task_weight: factor of the task loss, >= 0; with 0 the data need no labels.
+        distillation: "cross_correlation", "kl", "cosine", "mse", "aligned_cosine", "aligned_frobenius", a mapping of
+            these names to weights, or None.
         distillation_weight: factor of the whole distillation sum beside the task loss, >= 0.
+        gradient_ratio: if given, the distillation weight is steered so that the norm of the distillation gradient is
+            this many times that of the task gradient, beginning with `distillation_weight`, > 0.
+        gradient_ratio_steps: optimizer steps between two measurements of the gradients for `gradient_ratio`.
         temperature: softens the logits of "kl", > 0.
         off_diagonal_weight: weight of the off-diagonal terms of "cross_correlation", >= 0.
         correlation_target: "identity" (the paper) or "teacher" (the teacher's own correlation).
-        representation: what "cross_correlation" and "cosine" compare in the last hidden state: "first" token,
-            "mean" over unpadded tokens, "pooled" output, or all unpadded "tokens".
+        center: whether "cross_correlation" subtracts each feature's mean over the rows.
+        queue_size: rows of earlier batches that "cross_correlation" sees beside those of the batch.
+        representation: what "cross_correlation", "cosine" and "mse" compare: "first" token, "mean" over unpadded
+            tokens or all unpadded "tokens" of the hidden states, the "pooled" output, or the "logits".
+        hidden_layers: which hidden states are compared, averaged over them: 0 is the embedding, 1 the first layer, -1
+            the last, counted in student and teacher apart. None: the final output of the body.
+        teacher_dtype: float type of the teacher's weights, "float32", "bfloat16" or "float16"; None: as they are.
+        teacher_cache: folder for the teacher's outputs, computed once for every example; None: the teacher runs on
+            every batch.
+        teacher_cache_gigabytes: most that `teacher_cache` may take, in 1e9 bytes; more is an error.
+        diagnostics_steps: optimizer steps between two measurements of class separability and signal-to-noise; None:
+            none.
+        diagnostics_examples: how many of the first evaluation examples are measured.
         seed: seed of the run, where no TrainingArguments with a seed of their own are given.
 
     Raises:
@@ -66,12 +83,23 @@ class SDPruneConfig(CheckedConfig):
     pruning_steps: int = 16
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
+    task_weight: float = 1.0
     distillation: str | Mapping[str, float] | None = "cross_correlation"
     distillation_weight: float = 1.0
+    gradient_ratio: float | None = None
+    gradient_ratio_steps: int = 10
     temperature: float = 2.0
     off_diagonal_weight: float = 5e-3
     correlation_target: str = "identity"
+    center: bool = True
+    queue_size: int = 0
     representation: str = "tokens"
+    hidden_layers: tuple[int, ...] | None = None
+    teacher_dtype: str | None = None
+    teacher_cache: str | None = None
+    teacher_cache_gigabytes: float = 4.0
+    diagnostics_steps: int | None = None
+    diagnostics_examples: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,11 +127,36 @@ class SDPruneConfig(CheckedConfig):
                 raise ValueError("distillation: " + unknown_key_message(name, OBJECTIVES))
             if not (math.isfinite(weight) and weight >= 0.0):
                 raise ValueError(f"distillation[{name!r}] must be a finite number >= 0, got {weight!r}")
-        self._check_at_least("distillation_weight", 0.0)
-        if not (math.isfinite(self.temperature) and self.temperature > 0.0):
-            raise ValueError(f"temperature must be a finite number > 0, got {self.temperature!r}")
-        self._check_at_least("off_diagonal_weight", 0.0)
+        self._check_distillation()
         self._check_at_least("seed", 0)
+
+    def _check_distillation(self) -> None:
+        for name in ("task_weight", "distillation_weight", "off_diagonal_weight"):
+            self._check_at_least(name, 0.0)
+        self._check_at_least("queue_size", 0)
+        for name in ("gradient_ratio_steps", "diagnostics_examples", "diagnostics_steps"):
+            if getattr(self, name) is not None:
+                self._check_at_least(name, 1)
+        for name in ("temperature", "gradient_ratio", "teacher_cache_gigabytes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+        if self.teacher_dtype is not None:
+            self._check_choice("teacher_dtype", TEACHER_DTYPES)
+        if self.hidden_layers is not None and (not self.hidden_layers or self.representation in ("pooled", "logits")):
+            raise ValueError(
+                "hidden_layers must name at least one hidden state, and goes with representation 'first', 'mean' or "
+                f"'tokens'; got {self.hidden_layers!r} with representation={self.representation!r}"
+            )
+        trained = self.task_weight > 0.0 and self.distillation_weight > 0.0 and any(self.distillation_weights.values())
+        if self.gradient_ratio is not None and not trained:
+            raise ValueError(
+                f"gradient_ratio={self.gradient_ratio} needs a task loss and a distillation to weigh against it, got "
+                f"task_weight={self.task_weight}, distillation_weight={self.distillation_weight}, "
+                f"distillation={self.distillation!r}"
+            )
+        if self.task_weight == 0.0 and not self.distillation_weights:
+            raise ValueError("task_weight must be above 0 without distillation, got 0.0: nothing would be learnt")
 
     @property
     def distillation_weights(self) -> dict[str, float]:

@@ -1,95 +1,191 @@
 """Objectives: how far the student is from its teacher on a batch. Each returns one scalar, a mean.
 
-    loss = task loss + distillation_weight * sum of weight * objective
+    loss = task_weight * task loss + distillation_weight * sum of weight * objective
 
-The papers also write (1 - alpha) * task + alpha * objective; that is this loss with a distillation weight of
-alpha / (1 - alpha), up to an overall factor to which Adam is blind.
+The papers also write (1 - alpha) * task + alpha * objective: task_weight 1 - alpha and distillation_weight alpha.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdp_kernels import cosine_distance_loss, cross_correlation_loss, kl_divergence_loss
+from sdp_kernels import (
+    aligned_weight_loss,
+    cosine_distance_loss,
+    cross_correlation_loss,
+    kl_divergence_loss,
+)
 from sdprune.config import SDPruneConfig
-from sdprune.distillation.teacher import Signals
+from sdprune.distillation.features import Features, row_names
+from sdprune.distillation.queue import SavedRowQueue
+from sdprune.masking.swap import masked_layers
 
 
-def represent(signals: Signals, attention_mask: Tensor | None, kind: str) -> tuple[Tensor, Tensor | None]:
-    """Return the rows (rows, dim) that are compared, and their weights (rows,) or None for all ones.
+@dataclass(frozen=True)
+class Comparison:
+    """What one batch gives to compare.
 
     Args:
-        signals: of a student or a teacher.
-        attention_mask: (batch, length), 0 = padding; None: no padding.
-        kind: "first" unpadded token, "mean" over unpadded tokens, "pooled" output or all unpadded "tokens".
-
-    Raises:
-        ValueError: "pooled" with a model that has no pooler, or a mask of another length than the hidden state.
+        config: the options of the objectives.
+        student: features of the student, with gradients.
+        teacher: features of the teacher under the same names.
+        tokens: (batch, length) bool, the positions that count in hidden states; None: all.
+        positions: (batch, length) bool, the positions that count in logits; None: all.
+        models: student and teacher, whose weights some objectives compare.
+        queues: rows of earlier batches of every feature, if `config.queue_size` asks for them; filled by use.
     """
-    hidden = signals.hidden
-    if attention_mask is not None and attention_mask.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"representation={kind!r} needs one hidden state a token: the attention mask has shape "
-            f"{tuple(attention_mask.shape)}, the last hidden state {tuple(hidden.shape)}"
-        )
-    if kind == "pooled":
-        if signals.pooled is None:
-            raise ValueError("representation='pooled', but the model has no pooler; choose first, mean or tokens")
-        return signals.pooled, None
-    if kind == "tokens":
-        return hidden.flatten(0, 1), None if attention_mask is None else attention_mask.flatten()
-    if attention_mask is None:
-        return (hidden[:, 0] if kind == "first" else hidden.mean(1)), None
-    if kind == "first":  # not position 0 where the padding stands on the left
-        first = attention_mask.to(torch.int32).argmax(1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), first], None
-    weight = attention_mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1), None
+
+    config: SDPruneConfig
+    student: Features
+    teacher: Features
+    tokens: Tensor | None
+    positions: Tensor | None
+    models: tuple[nn.Module, nn.Module]
+    queues: dict[str, SavedRowQueue]
+
+    def rows(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+        """Yield for every compared feature its name, rows (rows, dim) of student and teacher, and which rows count."""
+        for name in row_names(self.config):
+            student, teacher = self.student[name], self.teacher[name]
+            if student.dim() == 2:
+                yield name, student, teacher, None
+                continue
+            mask = self.positions if name == "logits" else self.tokens
+            yield name, student.flatten(0, 1), teacher.flatten(0, 1), None if mask is None else mask.flatten()
 
 
-def cross_correlation(student: Signals, teacher: Signals, mask: Tensor | None, config: SDPruneConfig) -> Tensor:
+def cross_correlation(comparison: Comparison) -> Tensor:
     """SDP-CC: the cross-correlation loss of student and teacher features, divided by the number of features.
 
     The division is ours: it makes the weight independent of the width. Rows are the examples or tokens of one
-    batch, so with gradient accumulation the loss sees one micro-batch at a time. A batch of a single row has no
-    correlation and adds 0.
+    batch, so with gradient accumulation the loss sees one micro-batch at a time; a queue adds the rows of earlier
+    ones, without gradients. A single row has no correlation and adds 0.
     """
-    student_rows, weight = represent(student, mask, config.representation)
-    teacher_rows, _ = represent(teacher, mask, config.representation)
-    if (len(student_rows) if weight is None else int(weight.count_nonzero())) < 2:
-        return student_rows.sum() * 0.0
+    return _mean([_correlate(comparison, *each) for each in comparison.rows()])
+
+
+def _correlate(comparison: Comparison, name: str, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    config = comparison.config
+    if config.queue_size:
+        if mask is not None:  # a queue takes the rows that count; selecting them waits for a GPU
+            student, teacher, mask = student[mask], teacher[mask], None
+        queue = comparison.queues.setdefault(name, SavedRowQueue(config.queue_size))
+        student, teacher = queue.extend(student, teacher)
+    # Looking into the mask would stall a GPU in every step: there the factor below says whether two rows count.
+    few = len(student) < 2 or (mask is not None and mask.device.type == "cpu" and int(mask.count_nonzero()) < 2)
+    if few:
+        return student[:0].sum()
     loss = cross_correlation_loss(
-        student_rows,
-        teacher_rows,
+        student,
+        teacher,
         off_diagonal_weight=config.off_diagonal_weight,
+        center=config.center,
         target=cast(Literal["identity", "teacher"], config.correlation_target),
-        sample_weight=weight,
+        sample_weight=mask,
     )
-    return loss / student_rows.shape[1]
+    if mask is not None and mask.device.type != "cpu":
+        loss = loss * (mask.count_nonzero() > 1)
+    return loss / student.shape[1]
 
 
-def kl(student: Signals, teacher: Signals, mask: Tensor | None, config: SDPruneConfig) -> Tensor:
-    """SDP-KLD: temperature**2 * KL(teacher || student) of the softened class probabilities, mean over examples."""
-    return kl_divergence_loss(student.logits, teacher.logits, temperature=config.temperature)
+def kl(comparison: Comparison) -> Tensor:
+    """SDP-KLD: temperature**2 * KL(teacher || student) of the softened class probabilities, mean over predictions.
+
+    One prediction is an example, or a position of a model that predicts at every one, without padding and ignored
+    labels.
+    """
+    return kl_divergence_loss(
+        comparison.student["logits"],
+        comparison.teacher["logits"],
+        temperature=comparison.config.temperature,
+        sample_weight=comparison.positions,
+    )
 
 
-def cosine(student: Signals, teacher: Signals, mask: Tensor | None, config: SDPruneConfig) -> Tensor:
+def cosine(comparison: Comparison) -> Tensor:
     """SDP-Cos: 1 - cosine of student and teacher features, mean over rows."""
-    student_rows, weight = represent(student, mask, config.representation)
-    teacher_rows, _ = represent(teacher, mask, config.representation)
-    return cosine_distance_loss(student_rows, teacher_rows, sample_weight=weight)
+    return _mean([cosine_distance_loss(s, t, sample_weight=mask) for _, s, t, mask in comparison.rows()])
 
 
-Objective = Callable[[Signals, Signals, Tensor | None, SDPruneConfig], Tensor]
-OBJECTIVES: dict[str, Objective] = {"cross_correlation": cross_correlation, "kl": kl, "cosine": cosine}
+def mse(comparison: Comparison) -> Tensor:
+    """Mean over rows and features of the squared difference of student and teacher, in at least fp32."""
+    return _mean([_mean_squared_difference(s, t, mask) for _, s, t, mask in comparison.rows()])
 
 
-def distillation_terms(
-    student: Signals, teacher: Signals, attention_mask: Tensor | None, config: SDPruneConfig
-) -> dict[str, Tensor]:
-    """Return every distillation term of `config` by name, unweighted."""
-    return {name: OBJECTIVES[name](student, teacher, attention_mask, config) for name in config.distillation_weights}
+def _mean_squared_difference(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    difference = student.to(dtype) - teacher.to(dtype)
+    if mask is None:
+        return difference.square().mean()
+    difference = difference.masked_fill(~mask.unsqueeze(-1), 0.0)  # before the square: padding may hold NaN
+    return difference.square().sum() / (mask.count_nonzero().clamp(min=1) * student.shape[1])
+
+
+def aligned_cosine(comparison: Comparison) -> Tensor:
+    """AWR: 1 - cosine of the rows of every masked weight and the teacher's weight of that name."""
+    return _aligned(comparison, "cosine")
+
+
+def aligned_frobenius(comparison: Comparison) -> Tensor:
+    """AWR: squared distance of every masked weight from the teacher's, over the squared norm of the teacher's."""
+    return _aligned(comparison, "frobenius")
+
+
+def _aligned(comparison: Comparison, kind: Literal["cosine", "frobenius"]) -> Tensor:
+    student, teacher = comparison.models
+    layers = masked_layers(student)
+    return aligned_weight_loss(
+        [layer.weight for layer in layers.values()],
+        [teacher.get_parameter(f"{name}.weight") for name in layers],
+        kind=kind,
+        masks=[layer.bit_mask for layer in layers.values()],
+    )
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An entry of the table.
+
+    Args:
+        compute: the scalar of one batch.
+        needs: what it compares: "logits", the "rows" of the representation, or "weights".
+    """
+
+    compute: Callable[[Comparison], Tensor]
+    needs: Literal["logits", "rows", "weights"]
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "cross_correlation": Objective(cross_correlation, "rows"),
+    "kl": Objective(kl, "logits"),
+    "cosine": Objective(cosine, "rows"),
+    "mse": Objective(mse, "rows"),
+    "aligned_cosine": Objective(aligned_cosine, "weights"),
+    "aligned_frobenius": Objective(aligned_frobenius, "weights"),
+}
+
+
+def needs(config: SDPruneConfig) -> set[str]:
+    """Return what the objectives of `config` compare: of "logits", "rows" and "weights"."""
+    return {OBJECTIVES[name].needs for name in config.distillation_weights}
+
+
+def feature_names(config: SDPruneConfig) -> tuple[str, ...]:
+    """Return the names of the features that the objectives of `config` compare; () where weights alone are."""
+    needed = needs(config)
+    names = ("logits",) if "logits" in needed else ()
+    return tuple(dict.fromkeys((*names, *(row_names(config) if "rows" in needed else ()))))
+
+
+def distillation_terms(comparison: Comparison) -> dict[str, Tensor]:
+    """Return every distillation term of the configuration by name, unweighted."""
+    return {name: OBJECTIVES[name].compute(comparison) for name in comparison.config.distillation_weights}

@@ -1,55 +1,17 @@
-"""The teacher: a frozen, unpruned model in eval mode, and what a model says of a batch."""
+"""The teacher: a frozen, unpruned model in eval mode."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sdprune.distillation.features import Features, body_output, gather, need_hidden_states, token_mask
 from sdprune.masking.pruner import masked_fraction
 from sdprune.masking.swap import unswap
-
-
-@dataclass
-class Signals:
-    """What a model says of a batch.
-
-    Args:
-        logits: (batch, classes).
-        hidden: (batch, length, dim), the last hidden state.
-        pooled: (batch, dim), the pooled output, where the model has one.
-    """
-
-    logits: Tensor
-    hidden: Tensor
-    pooled: Tensor | None
-
-
-@contextmanager
-def body_output(model: nn.Module) -> Iterator[list[Any]]:
-    """Collect what the body of the model (without its head) returns while the block runs.
-
-    A hook, because the outputs of a classification model hold no pooled output and all hidden states or none.
-    """
-    outputs: list[Any] = []
-    body = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    handle = body.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-def signals(logits: Tensor, bodies: list[Any]) -> Signals:
-    """Gather the signals of one forward pass from its logits and the outputs of its body."""
-    if len(bodies) != 1:
-        raise ValueError(f"the body of the model ran {len(bodies)} times in one forward pass; 1 is needed")
-    return Signals(logits, bodies[0][0], getattr(bodies[0], "pooler_output", None))
 
 
 class Teacher:
@@ -58,12 +20,13 @@ class Teacher:
     Args:
         model: the model to copy from (a student before pruning) or to use (another model).
         copy_model: whether to copy it. A copy leaves its masks behind.
+        dtype: float type of its weights; None: as they are.
 
     Raises:
         ValueError: the model to copy is pruned already.
     """
 
-    def __init__(self, model: nn.Module, *, copy_model: bool) -> None:
+    def __init__(self, model: nn.Module, *, copy_model: bool, dtype: torch.dtype | None = None) -> None:
         if copy_model:
             if masked_fraction(model) > 0.0:
                 raise ValueError(
@@ -71,12 +34,29 @@ class Teacher:
                     "so no unpruned copy of it can be made; pass teacher_model"
                 )
             model = unswap(copy.deepcopy(model))
-        self.model = model.requires_grad_(False).eval()
+        self.dtype = dtype
+        self.model = model.requires_grad_(False).to(dtype).eval()
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Any]) -> Signals:
-        """Run the teacher on a batch, without labels."""
+    def __call__(self, inputs: Mapping[str, Any], names: Iterable[str]) -> Features:
+        """Run the teacher on a batch, without labels, and return the named features of `sdprune.distillation.features`.
+
+        A model with an encoder and a decoder gets the decoder's input tokens from the labels, as the student does.
+        """
         self.model.eval()
+        names = tuple(names)
+        arguments = {key: self._converted(value) for key, value in inputs.items() if key != "labels"}
+        if need_hidden_states(names):
+            arguments["output_hidden_states"] = True
+        labels = inputs.get("labels")
+        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None and labels is not None and "decoder_input_ids" not in inputs:
+            arguments["decoder_input_ids"] = shift(labels)
         with body_output(self.model) as bodies:
-            outputs = self.model(**{key: value for key, value in inputs.items() if key != "labels"})
-        return signals(outputs.logits, bodies)
+            outputs = self.model(**arguments)
+        return gather(names, outputs.logits, bodies, token_mask(inputs, self.model))
+
+    def _converted(self, value: Any) -> Any:
+        if self.dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self.dtype)
+        return value

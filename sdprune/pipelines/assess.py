@@ -22,7 +22,14 @@ from sdprune.masking.select import select_linears
 from sdprune.pipelines.evaluate import best_device, speedup
 from sdprune.pipelines.workbench import Workbench
 
-METHODS = {"cross_correlation": "SDP-CC", "kl": "SDP-KLD", "cosine": "SDP-Cos"}
+METHODS = {
+    "cross_correlation": "SDP-CC",
+    "kl": "SDP-KLD",
+    "cosine": "SDP-Cos",
+    "mse": "MSE",
+    "aligned_cosine": "AWR cosine",
+    "aligned_frobenius": "AWR Frobenius",
+}
 
 
 def method_name(config: SDPruneConfig) -> str:

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
 from sdprune.config import SDPruneConfig
 from sdprune.data.sampler import LengthBucketSampler
-from sdprune.distillation.objectives import distillation_terms
-from sdprune.distillation.teacher import Teacher, body_output, signals
+from sdprune.distillation.features import (
+    body_output,
+    gather,
+    logit_mask,
+    need_hidden_states,
+    token_mask,
+)
+from sdprune.distillation.objectives import Comparison, distillation_terms, feature_names
+from sdprune.distillation.queue import SavedRowQueue
+from sdprune.distillation.steering import gradient_norm, steered_weight
+from sdprune.distillation.teacher import Teacher
 from sdprune.masking.pruner import masked_fraction
+from sdprune.training.checks import check_labels, check_objectives, check_teacher
 
 
 class SDPruneTrainer(Trainer):
     """A `transformers.Trainer` whose loss has the distillation terms of `config`; it does not prune.
 
     Add `SDPruneCallback(config)` to its callbacks to prune. Evaluation runs without the teacher, and `eval_loss`
-    is the task loss. Every loss is the mean over a micro-batch, then over the accumulated ones. With
+    is the task loss. Every loss is the mean over a micro-batch, then over the accumulated ones. The row queue and the
+    steered distillation weight are saved with every checkpoint, so that a resumed run goes on exactly. With
     `train_sampling_strategy="group_by_length"` batches are made by `LengthBucketSampler`, whose order survives an
     interruption, and evaluation stays in the order of the data set.
 
@@ -31,8 +45,9 @@ class SDPruneTrainer(Trainer):
         **kwargs: as of `transformers.Trainer`.
 
     Raises:
-        ValueError: no teacher is given and the model is pruned already, the teacher is the model itself or has other
-            classes, an objective does not fit the model, or one process sees several GPUs.
+        ValueError: no teacher is given and the model is pruned already, the teacher is the model itself or has another
+            vocabulary, other classes or another width, an objective does not fit the model, the data have no labels
+            for the task loss, or one process sees several GPUs.
         FloatingPointError: while training, when a part of the loss is not finite; the part is named.
     """
 
@@ -51,32 +66,40 @@ class SDPruneTrainer(Trainer):
         if hasattr(Trainer, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = False
         self.sdprune_config = config
-        self._check_objectives(cast(nn.Module, self.model), config)
+        check_objectives(cast(nn.Module, self.model), config)
+        if config.gradient_ratio is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("gradient_ratio measures whole gradients, which FSDP and DeepSpeed split; leave it out")
+        self._check_labels()
         self.teacher = self._make_teacher(teacher_model) if config.distillation_weights else None
+        self.distillation_weight = config.distillation_weight
+        self._features = feature_names(config)
+        self._queues: dict[str, SavedRowQueue] = {}
+        self._steered_at = -1
         self._parts: dict[str, Tensor] = {}
         self._part_count = 0
 
-    @staticmethod
-    def _check_objectives(model: nn.Module, config: SDPruneConfig) -> None:
-        """Refuse before anything is written what the first step would refuse."""
-        used = config.distillation_weights
-        if "kl" in used and getattr(getattr(model, "config", None), "num_labels", None) == 1:
-            raise ValueError("distillation 'kl' compares class probabilities, but the model predicts one number")
-        body = getattr(model, getattr(model, "base_model_prefix", ""), model)
-        compares_features = "cross_correlation" in used or "cosine" in used
-        if compares_features and config.representation == "pooled" and getattr(body, "pooler", None) is None:
-            raise ValueError("representation='pooled', but the model has no pooler; choose first, mean or tokens")
+    def _check_labels(self) -> None:
+        dataset: Any = self.train_dataset
+        if dataset is None or not hasattr(dataset, "__getitem__") or not len(dataset):
+            return  # a stream cannot be looked into without losing what was seen
+        row = dataset[0]
+        if any(name in row for name in self.label_names):
+            return
+        with torch.random.fork_rng(devices=[]):  # a collator may mask tokens at random
+            check_labels(self._collate([row]), self.label_names, self.sdprune_config)
+
+    def _collate(self, rows: list[Any]) -> Any:
+        return self._get_collator_with_removed_columns(self.data_collator)(rows)
 
     def _make_teacher(self, teacher_model: nn.Module | None) -> Teacher:
+        config, model = self.sdprune_config, cast(nn.Module, self.model)
+        dtype = None if config.teacher_dtype is None else getattr(torch, config.teacher_dtype)
         if teacher_model is None:
-            return Teacher(cast(nn.Module, self.model), copy_model=True)
-        if teacher_model is self.model:
+            return Teacher(model, copy_model=True, dtype=dtype)
+        if teacher_model is model:
             raise ValueError("teacher_model is the model itself; leave it out to have a frozen copy made")
-        student, teacher = (getattr(m, "config", None) for m in (self.model, teacher_model))
-        classes = [getattr(c, "num_labels", None) for c in (student, teacher)]
-        if classes[0] != classes[1]:
-            raise ValueError(f"teacher_model has {classes[1]} classes, the model has {classes[0]}")
-        return Teacher(teacher_model.to(self.args.device), copy_model=False)
+        check_teacher(model, teacher_model, config)
+        return Teacher(teacher_model.to(self.args.device), copy_model=False, dtype=dtype)
 
     def compute_loss(
         self,
@@ -85,24 +108,65 @@ class SDPruneTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the task loss plus, while training, the weighted distillation terms."""
+        """Return the weighted task loss plus, while training, the weighted distillation terms."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         config = self.sdprune_config
+        given = dict(inputs)  # the base class may take the labels out
+        if need_hidden_states(self._features):
+            inputs = inputs | {"output_hidden_states": True}
         with body_output(self.accelerator.unwrap_model(model)) as bodies:
-            task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        parts = {"task": task}
-        loss = task
+            if config.task_weight > 0.0:
+                task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            else:
+                task, outputs = None, model(**inputs)
+        parts = {} if task is None else {"task": task}
+        losses = [] if task is None else [config.task_weight * task]
         if self.teacher is not None:
-            with self.accelerator.autocast():
-                teacher = self.teacher(inputs)
-            student = signals(outputs.logits, bodies)
-            terms = distillation_terms(student, teacher, inputs.get("attention_mask"), config)
-            for name, weight in config.distillation_weights.items():
-                loss = loss + config.distillation_weight * weight * terms[name]
+            terms = distillation_terms(self._compare(given, outputs.logits, bodies))
+            distillation = sum((weight * terms[name] for name, weight in config.distillation_weights.items()), 0.0)
+            if config.gradient_ratio is not None:
+                self._steer(losses[0], cast(Tensor, distillation))
+            losses.append(self.distillation_weight * cast(Tensor, distillation))
             parts |= terms
         self._record(parts)
+        loss = sum(losses[1:], losses[0])
         return (loss, outputs) if return_outputs else loss
+
+    def _compare(self, inputs: dict[str, Any], logits: Tensor, bodies: list[Any]) -> Comparison:
+        """Gather what the objectives compare; the teacher runs only where they need its outputs."""
+        teacher, model = cast(Teacher, self.teacher), self.accelerator.unwrap_model(self.model)
+        mask = token_mask(inputs, model)
+        with self.accelerator.autocast():
+            taught = teacher(inputs, self._features) if self._features else {}
+        return Comparison(
+            config=self.sdprune_config,
+            student=gather(self._features, logits, bodies, mask) if self._features else {},
+            teacher=taught,
+            tokens=mask,
+            positions=logit_mask(logits, inputs, mask, model),
+            models=(model, teacher.model),
+            queues=self._queues,
+        )
+
+    def _steer(self, task: Tensor, distillation: Tensor) -> None:
+        """Measure the gradients and set the distillation weight, in the first micro-batch of every n-th step."""
+        config, step = self.sdprune_config, self.state.global_step
+        if step % config.gradient_ratio_steps or step == self._steered_at:
+            return
+        self._steered_at = step
+        parameters = [each for each in cast(nn.Module, self.model).parameters() if each.requires_grad]
+        norms = torch.stack([gradient_norm(loss, parameters) for loss in (task, distillation)])
+        # every rank measures its own rows; the weight must be one and the same
+        task_norm, distillation_norm = self.accelerator.reduce(norms, "mean").tolist()
+        if math.isfinite(task_norm) and math.isfinite(distillation_norm):
+            self.distillation_weight = steered_weight(
+                self.distillation_weight,
+                task_norm,
+                distillation_norm,
+                ratio=cast(float, config.gradient_ratio),
+                initial=config.distillation_weight,
+            )
 
     def _record(self, parts: dict[str, Tensor]) -> None:
         for name, value in parts.items():
@@ -120,6 +184,8 @@ class SDPruneTrainer(Trainer):
         if "loss" in logs and self._part_count:
             logs |= {f"loss_{name}": total.item() / self._part_count for name, total in self._parts.items()}
             logs["sparsity"] = masked_fraction(self.accelerator.unwrap_model(self.model))
+            if self.sdprune_config.gradient_ratio is not None:
+                logs["distillation_weight"] = self.distillation_weight
             self._parts, self._part_count = {}, 0
         super().log(logs, *args, **kwargs)
 
@@ -135,3 +201,25 @@ class SDPruneTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.sdprune_config.queue_size or self.sdprune_config.gradient_ratio is not None:
+            state = {"distillation_weight": torch.tensor(self.distillation_weight, dtype=torch.float64)}
+            for name, queue in self._queues.items():
+                state |= {f"{name}.{part}": rows for part, rows in queue.state_dict().items()}
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(state, self._state_path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self._state_path(checkpoint).exists():
+            return
+        state = load_file(self._state_path(checkpoint), device=str(self.args.device))
+        self.distillation_weight = state.pop("distillation_weight").item()
+        for name in {key.rpartition(".")[0] for key in state}:
+            rows = {part: state[f"{name}.{part}"] for part in ("student", "teacher")}
+            self._queues[name] = SavedRowQueue.from_state_dict(self.sdprune_config.queue_size, rows)
+
+    def _state_path(self, folder: str) -> Path:
+        return Path(folder) / f"sdprune_distillation_{self.args.process_index}.safetensors"  # each rank has its queue

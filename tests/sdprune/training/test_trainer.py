@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback
 
 from sdprune import SDPruneCallback, SDPruneConfig, SDPruneTrainer
 from sdprune.data.sampler import LengthBucketSampler
-from sdprune.distillation.objectives import OBJECTIVES
+from sdprune.distillation.objectives import OBJECTIVES, Objective
 from sdprune.distillation.teacher import Teacher
 from sdprune.masking.pruner import mask_model, prune_step
 
@@ -63,9 +63,12 @@ def test_accumulated_batches_equal_one_large_batch(
 
 def test_cross_correlation_is_per_micro_batch(model_factory, dataset_factory, tokenizer, arguments, monkeypatch):
     rows = []
-    monkeypatch.setitem(
-        OBJECTIVES, "cross_correlation", lambda s, t, mask, config: rows.append(len(s.logits)) or s.logits.sum() * 0.0
-    )
+
+    def count(comparison):
+        rows.append(len(comparison.student["tokens"]))
+        return comparison.student["tokens"].sum() * 0.0
+
+    monkeypatch.setitem(OBJECTIVES, "cross_correlation", Objective(count, "rows"))
     args = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2)
     make_trainer(model_factory(), args, dataset_factory(32), tokenizer, distillation="cross_correlation").train()
     assert rows == [4, 4, 4, 4]
@@ -75,7 +78,7 @@ def test_evaluation_knows_no_teacher(model_factory, dataset_factory, tokenizer, 
     trainer = make_trainer(model_factory(), arguments(), dataset_factory(24), tokenizer, distillation="kl")
     plain = Trainer(model_factory(), arguments(), eval_dataset=dataset_factory(24), processing_class=tokenizer)
 
-    def refuse(inputs):
+    def refuse(inputs, names):
         raise AssertionError("the teacher ran in evaluation")
 
     trainer.teacher = refuse
@@ -89,13 +92,13 @@ def test_the_teacher_gets_no_labels_and_stays_in_eval_mode(model, batch):
     seen = {}
     teacher.model.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
     teacher.model.train()
-    first = teacher(batch)
+    first = teacher(batch, ["logits", "tokens", "pooled"])
     assert not teacher.model.training
     assert "labels" not in seen
-    assert torch.equal(first.logits, teacher(batch).logits)  # no dropout
-    assert not first.logits.requires_grad
-    assert first.hidden.shape == (*batch["input_ids"].shape, 32)
-    assert first.pooled is not None
+    assert torch.equal(first["logits"], teacher(batch, ["logits"])["logits"])  # no dropout
+    assert not first["logits"].requires_grad
+    assert first["tokens"].shape == (*batch["input_ids"].shape, 32)
+    assert first["pooled"].shape == (16, 32)
 
 
 def test_the_teacher_is_no_part_of_the_student(model_factory, dataset_factory, tokenizer, arguments):

@@ -1,0 +1,82 @@
+"""What a distillation refuses before anything is trained or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from sdprune.config import SDPruneConfig
+from sdprune.distillation.features import body_of
+from sdprune.distillation.objectives import feature_names, needs
+from sdprune.masking.swap import masked_layers
+
+
+def check_objectives(model: nn.Module, config: SDPruneConfig) -> None:
+    """Raise ValueError if an objective of `config` does not fit the model."""
+    used, model_config = config.distillation_weights, getattr(model, "config", None)
+    if "kl" in used and getattr(model_config, "problem_type", None) == "multi_label_classification":
+        raise ValueError(
+            "distillation 'kl' compares one distribution over the classes, but the model predicts several labels at "
+            "once; take 'mse' with representation='logits'"
+        )
+    if "kl" in used and not generates(model) and getattr(model_config, "num_labels", None) == 1:
+        raise ValueError(
+            "distillation 'kl' compares class probabilities, but the model predicts one number; take 'mse' with "
+            "representation='logits'"
+        )
+    if "pooled" in feature_names(config) and getattr(body_of(model), "pooler", None) is None:
+        raise ValueError("representation='pooled', but the model has no pooler; choose first, mean or tokens")
+    if "weights" in needs(config) and not masked_layers(model):
+        names = ", ".join(repr(name) for name in used if name.startswith("aligned_"))
+        raise ValueError(
+            f"distillation {names} compares masked weights, but the model has none; pass SDPruneCallback in "
+            "callbacks=[...] of the Trainer"
+        )
+    layers = getattr(model_config, "num_hidden_layers", None)
+    if config.hidden_layers is not None and layers is not None and "rows" in needs(config):
+        outside = [layer for layer in config.hidden_layers if not -layers - 1 <= layer <= layers]
+        if outside:
+            raise ValueError(
+                f"hidden_layers must lie in [{-layers - 1}, {layers}] for a model of {layers} layers, got {outside}"
+            )
+
+
+def generates(model: nn.Module) -> bool:
+    """Tell whether the model writes text: its classes are its vocabulary."""
+    can_generate = getattr(model, "can_generate", None)
+    return bool(can_generate is not None and can_generate())
+
+
+def check_teacher(student: nn.Module, teacher: nn.Module, config: SDPruneConfig) -> None:
+    """Raise ValueError if a teacher cannot teach this student: what it reads, predicts or holds differs."""
+    check = {"vocab_size": "a vocabulary of {}"}
+    needed = needs(config)
+    if "logits" in feature_names(config):
+        check["num_labels"] = "{} classes"
+    if "rows" in needed and config.representation != "logits":
+        check["hidden_size"] = "hidden states of width {}"
+    for attribute, words in check.items():
+        theirs, ours = (getattr(getattr(model, "config", None), attribute, None) for model in (teacher, student))
+        if theirs != ours:
+            raise ValueError(f"teacher_model has {words.format(theirs)}, the model has {words.format(ours)}")
+    if "weights" in needed:
+        weights = {name: value.shape for name, value in teacher.named_parameters(remove_duplicate=False)}
+        for name, layer in masked_layers(student).items():
+            found = weights.get(f"{name}.weight")
+            if found != layer.weight.shape:
+                has = "no such weight" if found is None else f"shape {tuple(found)}"
+                raise ValueError(
+                    f"the aligned objectives compare weights by name: {name}.weight has shape "
+                    f"{tuple(layer.weight.shape)} in the model, {has} in teacher_model"
+                )
+
+
+def check_labels(row: Mapping[str, Any], label_names: Iterable[str], config: SDPruneConfig) -> None:
+    """Raise ValueError if a collated row has no labels although the task loss needs them."""
+    if config.task_weight > 0.0 and not any(name in row for name in label_names):
+        raise ValueError(
+            f"the task loss needs labels, but the training data give only {', '.join(sorted(row))}; add a column "
+            f"{' or '.join(label_names)}, or set task_weight=0 to learn from the teacher alone"
+        )
