@@ -67,9 +67,23 @@ def multiplies_bfloat16() -> bool:
     return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
 
 
-@functools.cache
 def _numba_installed() -> bool:
+    """Whether numba is there and may run threads: OpenMP ends a forked process whose parent ran them."""
+    return _finds_numba() and not _forked
+
+
+@functools.cache
+def _finds_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
+
+
+_forked = False
+
+
+def leave_threads_to_parent() -> None:
+    """Called in a process that was forked when the engine was loaded: products are plain torch from here on."""
+    global _forked
+    _forked = True
 
 
 def _compiled_product(

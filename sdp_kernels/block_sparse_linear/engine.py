@@ -10,6 +10,7 @@ features innermost, the tokens of a tile copied next to each other; both are sma
 # mypy: disable-error-code="import-untyped,import-not-found"
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from sdp_kernels.block_sparse_linear import cpu
 
 FLOAT, INDEX, LANE = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 
@@ -262,6 +265,8 @@ def _multiply(input, packed, offsets, columns, bias, output, height, bounds, til
 
 
 _lock = threading.Lock()  # numba's simplest way of running threads allows one caller at a time
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=cpu.leave_threads_to_parent)
 
 
 class Engine:

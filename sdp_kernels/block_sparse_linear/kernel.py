@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdp_kernels.block_sparse_linear.launch import STEP, choose_launch, choose_splits, values_step, values_warps
-from sdp_kernels.dispatch import on_its_device
+from sdp_kernels.dispatch import float32_precision, on_its_device
 from sdp_kernels.spec import KernelConfig
 
 GROUP_BYTES = 2**23  # of the input that programs running together read
@@ -35,11 +35,6 @@ def capability_of(device: torch.device) -> int:
     """80, 90 and so on; 80 in the interpreter."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return 10 * major + minor
-
-
-def dot_precision() -> str:
-    """What torch's precision switch says about float32 products."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @on_its_device
@@ -92,7 +87,7 @@ def product(
         WHOLE_INPUT=in_features % width == 0,
         PERMUTED=positions is not None,
         SPLITS=splits,
-        PRECISION=dot_precision(),
+        PRECISION=float32_precision(),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **(epilogue if splits == 1 else {"HAS_BIAS": False, "ACTIVATION": "none"}),
@@ -133,7 +128,7 @@ def values_gradient(
         HEIGHT=height,
         WIDTH=width,
         BLOCK_TOKENS=values_step(input.dtype),
-        PRECISION=dot_precision(),
+        PRECISION=float32_precision(),
         num_warps=values_warps(block_shape),
         num_stages=2,
     )
@@ -259,8 +254,10 @@ def _finish_kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < elements
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(sums + split * elements.to(tl.int64) + index, mask=inside, other=0.0)
+    place = sums + index
+    for _ in tl.static_range(SPLITS):
+        total += tl.load(place, mask=inside, other=0.0)
+        place += elements
     if HAS_BIAS:
         total += tl.load(bias + index % out_features, mask=inside, other=0.0).to(tl.float32)
     tl.store(output + index, _activate(total, ACTIVATION).to(output.dtype.element_ty), mask=inside)

@@ -9,8 +9,7 @@ TOKENS_STEP = 64  # tokens a step of the gradient of the values
 SPLITS = 16  # at most
 
 # Compute capability -> (bytes of shared memory for a program, most stages). The widest multiprocessors hide a load
-# behind three steps; a capability that is not listed
-# uses the last entry before it.
+# behind three steps; a capability that is not listed uses the last entry before it.
 DEVICES = {
     80: (163 * 1024, 4),
     86: (99 * 1024, 3),
@@ -35,8 +34,8 @@ def choose_launch(tokens: int, height: int, dtype: torch.dtype, capability: int)
     block_tokens = min(largest, max(16, 1 << (tokens - 1).bit_length()))
     stage = (block_tokens + height) * STEP * dtype.itemsize
     num_stages = max(2, min(most_stages, shared // stage))
-    wide = block_tokens * height > (64 * 32 if dtype == torch.float32 else 64 * 64)  # more spills
-    return Launch(block_tokens, 8 if wide else 4, num_stages)
+    held = 64 * 32 if dtype == torch.float32 else 64 * 64  # a larger tile does not fit into the registers of four warps
+    return Launch(block_tokens, 8 if block_tokens * height > held else 4, num_stages)
 
 
 def choose_splits(programs: int, steps: float, multiprocessors: int) -> int:

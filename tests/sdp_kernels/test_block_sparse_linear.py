@@ -278,6 +278,26 @@ assert torch.get_num_threads() == 1, torch.get_num_threads()
     assert done.returncode == 0, done.stderr
 
 
+FORKED = """
+import os, torch
+from sdp_kernels import BlockSparseMatrix, block_sparse_linear
+torch.set_num_threads(1)  # as a worker of a DataLoader has it: torch itself waits forever for more
+matrix, input = BlockSparseMatrix.from_dense(torch.randn(64, 64), (32, 32)), torch.randn(20, 64)
+expected = block_sparse_linear(input, matrix, path="sparse")
+child = os.fork()
+if child == 0:
+    torch.testing.assert_close(block_sparse_linear(input, matrix, path="sparse"), expected)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_multiplies_too() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_callers_on_several_threads(engine: str) -> None:
     if engine == "triton":
         pytest.skip("Triton's interpreter runs on one thread")
