@@ -1,5 +1,7 @@
 """The block-sparse product on a CPU: by the compiled engine if numba is installed, otherwise in plain torch."""
 
+# mypy: disable-error-code="import-untyped,import-not-found"
+
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
