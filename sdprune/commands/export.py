@@ -14,7 +14,12 @@ def add(commands: Any) -> None:
         "source", type=Path, help="a run's folder (its newest whole checkpoint), a checkpoint or a model"
     )
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--format", default="plain", help='"plain": dense weights with exact zeros (default)')
+    parser.add_argument(
+        "--format",
+        choices=("plain", "portable", "compact"),
+        help="plain: dense weights with exact zeros; portable: the same, and sparse layers once loaded with sdprune; "
+        "compact: portable, and a small file beside it (default: portable if a layer becomes sparse, otherwise plain)",
+    )
     parser.set_defaults(command=run)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sdprune.config import SDPruneConfig
+from sdprune.deployment.export import plain_copy
 from sdprune.deployment.plan import BLOCK_SHAPES, apply, plan, shape_name, sharing_copy
 from sdprune.deployment.plan_record import Plan
 from sdprune.deployment.timing import device_name, measure, peak_mib
@@ -116,7 +117,7 @@ def load_model(folder: str | None, config: str | None) -> Any:
     architectures = AutoConfig.from_pretrained(path).architectures or ()
     classifies = any("ForSequenceClassification" in name for name in architectures)
     kind: Any = AutoModelForSequenceClassification if classifies else AutoModel
-    return kind.from_pretrained(path, dtype=torch.float32).eval()
+    return plain_copy(kind.from_pretrained(path, dtype=torch.float32)).eval()  # the layers are planned from their zeros
 
 
 def _configuration(name: str) -> Any:

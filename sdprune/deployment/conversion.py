@@ -36,7 +36,7 @@ class RemovedLinear(nn.Linear):
 
     Args:
         weight: (kept rows, kept columns).
-        bias: (kept rows,) or None.
+        bias: (out,), also of the lost rows, or None.
         rows: (kept rows,) int32, out of all outputs.
         columns: (kept columns,) int32, out of all inputs.
         shape: (out, in) of the weight before.
@@ -44,14 +44,17 @@ class RemovedLinear(nn.Linear):
 
     rows: Tensor
     columns: Tensor
+    full_bias: Tensor | None
 
     def __init__(
         self, weight: nn.Parameter, bias: nn.Parameter | None, rows: Tensor, columns: Tensor, shape: tuple[int, int]
     ) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         self.weight = weight
-        self.bias = bias  # type: ignore[assignment]  # None where there is none, as nn.Linear has it
         self.shape = shape
+        kept = None if bias is None else nn.Parameter(bias.detach()[rows.long()], requires_grad=bias.requires_grad)
+        self.bias = kept  # type: ignore[assignment]  # None where there is none, as nn.Linear has it
+        self.register_buffer("full_bias", None if bias is None else bias.detach().clone(), persistent=False)
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
 
@@ -61,8 +64,8 @@ class RemovedLinear(nn.Linear):
         weight = self.weight.new_zeros(self.shape)
         weight[self.rows.long()[:, None], self.columns.long()] = self.weight.detach()
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        if self.bias is not None:
-            bias = self.bias.new_zeros(self.shape[0])
+        if self.full_bias is not None:
+            bias = self.full_bias.clone()
             bias[self.rows.long()] = self.bias.detach()
             linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
@@ -198,8 +201,6 @@ def make_layer(tensors: Mapping[str, Tensor], bias: nn.Parameter | None, record:
         layer.prepare()
     elif record.removed is not None:
         rows, columns = tensors["rows"], tensors["columns"]
-        if bias is not None and record.removed == "rows":
-            bias = nn.Parameter(bias.detach()[rows.long()], requires_grad=bias.requires_grad)
         layer = RemovedLinear(weight, bias, rows, columns, record.shape)
     else:
         kept_rows, kept_columns = record.kept
@@ -254,7 +255,8 @@ def _take_dense(
         return
     state_dict[f"{prefix}weight"] = narrow
     if isinstance(module, RemovedLinear):
-        if module.bias is not None:
+        if module.full_bias is not None:
+            module.full_bias.copy_(state_dict[f"{prefix}bias"])
             state_dict[f"{prefix}bias"] = state_dict[f"{prefix}bias"][rows]
         return
     for name in ("rows", "columns"):

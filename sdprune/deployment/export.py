@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from sdprune.config import SDPruneConfig
+from sdprune.deployment.compact import remove_neurons
 from sdprune.deployment.conversion import Records, dense_copy, dense_names, dense_weight, find_records, store
 from sdprune.deployment.plan import BLOCK_SHAPES
 from sdprune.deployment.plan_record import Plan
-from sdprune.deployment.storage import UNSTRUCTURED
+from sdprune.deployment.storage import NARROW, UNSTRUCTURED
 from sdprune.files import new_directory
+from sdprune.masking.coupling import find_couplings
 from sdprune.masking.pruner import measure_sparsity
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ def export(
     What a layer becomes, `plan` tells: blocks, or a matrix without its empty rows and columns; layers that it leaves
     dense are stored under a bit mask in the compact file. Without a plan the zeros decide by what takes the fewest
     bytes: blocks of one of the usual shapes (and of the shape in `config`), a narrower matrix, a bit mask. Layers
-    under a bit mask are dense again once loaded.
+    under a bit mask are dense again once loaded. Neurons without any weight leave both of their matrices, see
+    `sdprune.deployment.compact`, which also finds what only feeds them.
 
     Args:
         model: a transformers model, with masked layers, with zeros in dense ones, or loaded with sparse layers.
@@ -124,11 +127,29 @@ def dense_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _records(dense: Any, config: SDPruneConfig | None, plan: Plan | None) -> Records:
+    own = () if config is None or config.block_shape is None else (config.block_shape,)
+    shapes = () if plan is not None else tuple(dict.fromkeys((*own, *BLOCK_SHAPES)))
+    choices = None
     if plan is not None:
         _check_plan(dense, plan)
-        return find_records(dense, block_shapes=(), choices=plan.choices)
-    own = () if config is None or config.block_shape is None else (config.block_shape,)
-    return find_records(dense, block_shapes=tuple(dict.fromkeys((*own, *BLOCK_SHAPES))))
+        choices = plan.choices
+    neurons = _without_neurons(dense, shapes)
+    if choices is not None:  # neurons leave only where the plan narrows all layers concerned
+        groups = {name: record.consumer or name for name, record in neurons.items()}
+        kept = {group for name, group in groups.items() if choices.get(name) != NARROW}
+        neurons = {name: record for name, record in neurons.items() if groups[name] not in kept}
+    return find_records(dense, block_shapes=shapes, choices=choices) | neurons
+
+
+def _without_neurons(dense: Any, block_shapes: tuple[tuple[int, int], ...]) -> Records:
+    weights = (dense_weight(dense.get_submodule(name)) for name in dense_names(dense))
+    if all(bool((weight != 0).any(0).all()) for weight in weights):
+        return {}  # no column is empty
+    try:
+        couplings = find_couplings(dense)
+    except ValueError:  # a model of another make: its empty rows and columns leave one by one
+        return {}
+    return remove_neurons(dense, couplings, block_shapes=block_shapes)
 
 
 def _check_plan(dense: Any, plan: Plan) -> None:

@@ -132,6 +132,7 @@ def prepare(model: Any, records: Records, files: WeightFiles) -> dict[str, tuple
     names = {name: _name_in_model(model, name) for name in records}
     for name, record in records.items():
         compact = any(f"{name}.{index}" in files for index in INDICES[record.structure])
+        compact = compact or files.read(f"{name}.weight").dim() != 2
         tensors = _read_compact(name, record, files) if compact else _read_dense(name, record, records, files)
         verify(tensors, record, name, files.file_of(f"{name}.weight"))
         own = names[name]
@@ -196,6 +197,13 @@ def own_records(stored: Mapping[str, tuple[LayerRecord, Any]]) -> Records:
     return {name: record for name, (record, _) in stored.items()}
 
 
+def attach(model: Any, config: SDPruneQuantizationConfig) -> None:
+    """Give a model what `save_pretrained` and the Trainer look at to handle its stored layers."""
+    model.config.quantization_config = config
+    model.hf_quantizer = SDPruneQuantizer(config)
+    model.is_quantized, model.quantization_method = True, METHOD
+
+
 def load(
     directory: str | Path,
     variant: str | None = None,
@@ -242,7 +250,7 @@ def load(
         model.to(dtype)
     storage.take(own_records(stored))
     if stored:
-        _attach(model, storage)
+        attach(model, storage)
     return model.eval()
 
 
@@ -275,13 +283,6 @@ def _key_in(own: Mapping[str, Any], name: str, prefix: str) -> str | None:
     return next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in own), None)
 
 
-def _attach(model: Any, config: SDPruneQuantizationConfig) -> None:
-    """What `save_pretrained` and the Trainer look at."""
-    model.config.quantization_config = config
-    model.hf_quantizer = SDPruneQuantizer(config)
-    model.is_quantized, model.quantization_method = True, METHOD
-
-
 def _open(model: Any, checkpoint_files: Iterable[str] | None) -> WeightFiles:
     if not checkpoint_files:
         raise ValueError("a model with stored layers must be loaded from files, got none (was a state_dict given?)")
@@ -311,8 +312,9 @@ def _read_dense(name: str, record: LayerRecord, records: Records, files: WeightF
     if record.consumer is not None:
         consumer = records[record.consumer]
         rows = pack(read(record.consumer, consumer), NARROW, removed="columns")["columns"]
+    weight = read(name, record)
     try:
-        return pack(read(name, record), record.structure, record.block_shape, removed=record.removed, rows=rows)
+        return pack(weight, record.structure, record.block_shape, removed=record.removed, rows=rows)
     except ValueError as error:
         raise ValueError(f"{files.file_of(f'{name}.weight')}: {name}.weight: {error}") from None
 

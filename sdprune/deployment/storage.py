@@ -265,15 +265,24 @@ def choose(
     The zeros decide: blocks win where whole blocks of one of the shapes are empty, narrower matrices where rows or
     columns are, the bit mask where the zeros are scattered. ("", None) if none saves a tenth of the dense bytes.
     """
+    costs: dict[tuple[str, tuple[int, int] | None], float] = {("", None): WORTHWHILE * weight.nbytes}
+    costs |= stored_bytes(weight, block_shapes)
+    return min(costs, key=lambda form: costs[form])
+
+
+def stored_bytes(
+    weight: Tensor, block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES
+) -> dict[tuple[str, tuple[int, int] | None], int]:
+    """Return the bytes that a weight (out, in) takes in each structure and block shape."""
     kept = weight != 0
     size, (rows, columns) = weight.element_size(), weight.shape
-    bytes_of: dict[tuple[str, tuple[int, int] | None], float] = {("", None): WORTHWHILE * weight.numel() * size}
+    costs: dict[tuple[str, tuple[int, int] | None], int] = {}
     for shape in block_shapes:
-        bytes_of[BLOCK, shape] = count_blocks(kept, shape) * (math.prod(shape) * size + 4)
+        costs[BLOCK, shape] = count_blocks(kept, shape) * (math.prod(shape) * size + 4)
     # One index a row or column counts for nothing in a matrix of a size that matters.
-    bytes_of[NARROW, None] = int(kept.any(1).sum()) * int(kept.any(0).sum()) * size
-    bytes_of[UNSTRUCTURED, None] = int(kept.sum()) * size + 4 * rows * -(-columns // 32)
-    return min(bytes_of, key=lambda form: bytes_of[form])
+    costs[NARROW, None] = int(kept.any(1).sum()) * int(kept.any(0).sum()) * size
+    costs[UNSTRUCTURED, None] = int(kept.sum()) * size + 4 * rows * -(-columns // 32)
+    return costs
 
 
 def count_blocks(kept: Tensor, block_shape: tuple[int, int]) -> int:

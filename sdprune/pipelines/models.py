@@ -12,7 +12,7 @@ from torch import nn
 from sdprune.config import CONFIG_NAME, SDPruneConfig
 from sdprune.data.examples import Examples
 from sdprune.data.tasks import Task
-from sdprune.deployment.export import export
+from sdprune.deployment.export import export, plain_copy
 from sdprune.training.checkpoint import checkpoints
 
 
@@ -33,6 +33,8 @@ class Classifier:
 
 def load_classifier(name: str, task: Task) -> Classifier:
     """Load a sequence classifier for `task` from a folder or the hub; a missing head is made for the task's classes.
+
+    All its layers are dense, with zeros, also where the checkpoint tells sparse ones.
 
     Raises:
         ValueError: the folder has no config.json or no weights, or the model has other classes than the task.
@@ -59,6 +61,8 @@ def load_classifier(name: str, task: Task) -> Classifier:
             f"model {name!r} has {config.num_labels} classes, but the labels of {task.name!r} are "
             f"{', '.join(task.label_names) or 'numbers'}: {classes} expected"
         )
+    if getattr(model, "hf_quantizer", None) is not None:
+        model = plain_copy(model)
     return Classifier(model, tokenizer, trained_head)
 
 
@@ -114,23 +118,30 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def export_folder(source: Path, output: Path, format: str = "plain") -> Path:
+def export_folder(source: Path, output: Path, format: str | None = None) -> Path:
     """Export the model of a run (its newest whole checkpoint), of a checkpoint or of a model folder.
 
     Checkpoints hold their zeros in the weights, so their masks are not needed.
 
     Raises:
-        ValueError: the folder holds no model.
+        ValueError: the folder holds no model, or one of a class that transformers does not have.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
 
     if not source.is_dir():
         raise ValueError(f"{str(source)!r} is not a folder")
     whole = checkpoints(source)
     folder = whole[-1] if whole else source
     _check_folder(str(folder))
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    architecture = (transformers.AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
+    kind: Any = getattr(transformers, architecture, None)
+    if kind is None:
+        text = f"{folder / 'config.json'}: architectures must name a class of transformers, got {architecture!r}"
+        raise ValueError(text)
+    model = kind.from_pretrained(folder)
     run = next((path for path in (source, folder.parent) if (path / CONFIG_NAME).exists()), None)
     config = SDPruneConfig.from_pretrained(run) if run else None
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").exists() else None
+    tokenizer = None
+    if (folder / "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return export(model, output, format, config=config, processing_class=tokenizer)
