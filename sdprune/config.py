@@ -14,8 +14,20 @@ from sdprune.files import write_text
 
 CONFIG_NAME = "sdprune_config.json"
 
-STRUCTURES = ("unstructured", "block")
-CRITERIA = ("magnitude",)
+STRUCTURES = ("unstructured", "block", "n:m", "neuron", "head", "hybrid")
+CRITERIA = (
+    "random",
+    "magnitude",
+    "gradient",
+    "taylor",
+    "lookahead",
+    "lamp",
+    "movement",
+    "soft_movement",
+    "l0",
+    "epsd",
+)
+BLOCK_REDUCTIONS = ("sum", "mean", "max")
 SCOPES = ("layer", "global")
 SCHEDULES = ("one_shot", "uniform", "geometric", "cubic")
 OBJECTIVES = ("cross_correlation", "kl", "cosine", "mse", "aligned_cosine", "aligned_frobenius")
@@ -30,15 +42,33 @@ class SDPruneConfig(CheckedConfig):
 
     Args:
         target_sparsity: fraction of the chosen weights that are zero at the end, in [0, 1).
-        structure: "unstructured" (single weights) or "block" (whole blocks of `block_shape`).
-        block_shape: (out, in) size of a block; must divide every chosen layer when structure is "block".
-        criterion: what ranks the weights: "magnitude".
+        structure: "unstructured" (single weights), "block" (whole blocks of `block_shape`), "n:m" (of every `m`
+            neighbours along the input `n` are kept), "neuron" (feed-forward neurons: rows of the first matrices and a
+            column of the second), "head" (attention heads: query, key, value rows and output columns; with grouped
+            queries a key/value head and all its queries), "hybrid" (feed-forward neurons, and blocks elsewhere).
+            Layers that have no part in a neuron or a head are left alone by "neuron" and "head". All units of a layer
+            have equally many weights, so `target_sparsity` is the fraction of units as well as of weights.
+        block_shape: (out, in) size of a block; must divide every layer that is pruned in blocks.
+        block_reduction: score of a block from those of its weights: "sum", "mean" or "max". Criteria that need
+            gradients score blocks as a whole: "sum".
+        n: how many of `m` neighbours "n:m" keeps; `target_sparsity` must be 1 - n / m.
+        m: length of a group of "n:m"; must divide the input size of every layer.
+        criterion: what ranks the weights: "random", "magnitude", "gradient" (|gradient * weight|), "taylor" (its
+            square), "lookahead", "lamp" (for scope "global"), "movement", "soft_movement", "l0" (hard concrete gates),
+            "epsd" (sensitivity of the loss before any training; one_shot). The last six and "gradient" measure
+            while training, so the first pruning step needs a start_ratio > 0.
+        magnitude_norm: 1 or 2, the norm by which "magnitude" ranks units of several weights.
+        sparsity_penalty: weight of the regularizer of "soft_movement" and "l0", which drives scores down, >= 0.
+        score_learning_rate: step size of the scores of "soft_movement" and "l0", > 0.
+        min_layer_density: fraction of its units that every layer keeps, whatever the ranking says, in [0, 1).
         scope: "layer" (every matrix reaches the target) or "global" (one ranking over all matrices).
         schedule: path of the sparsity over the pruning steps: "one_shot", "uniform" (equal steps), "geometric"
             (an equal fraction of the remaining weights a step), "cubic" (fast, then slow).
         start_ratio: fraction of the training at which the first pruning step happens, in [0, 1].
         end_ratio: fraction of the training at which the last pruning step happens, in [start_ratio, 1].
         pruning_steps: number of pruning steps; 1 with "one_shot".
+        lr_restarts: whether the learning rate restarts after every pruning step and falls to a tenth before the next
+            (GMP*, https://arxiv.org/abs/2210.06384), instead of following the schedule of the training.
         target_modules: regular expression or several; a linear layer is pruned if one matches its whole dotted
             name. None: every linear layer of the encoder or decoder, without embeddings and heads.
         exclude_modules: regular expression or several; what matches is left alone.
@@ -75,12 +105,20 @@ class SDPruneConfig(CheckedConfig):
     target_sparsity: float = 0.5
     structure: str = "unstructured"
     block_shape: tuple[int, int] = (32, 32)
+    block_reduction: str = "sum"
+    n: int = 2
+    m: int = 4
     criterion: str = "magnitude"
+    magnitude_norm: int = 1
+    sparsity_penalty: float = 1.0
+    score_learning_rate: float = 0.01
+    min_layer_density: float = 0.0
     scope: str = "layer"
     schedule: str = "geometric"
     start_ratio: float = 0.0
     end_ratio: float = 0.6
     pruning_steps: int = 16
+    lr_restarts: bool = False
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     task_weight: float = 1.0
@@ -122,6 +160,7 @@ class SDPruneConfig(CheckedConfig):
         self._check_at_least("pruning_steps", 1)
         if self.schedule == "one_shot" and self.pruning_steps != 1:
             raise ValueError(f"pruning_steps must be 1 with schedule='one_shot', got {self.pruning_steps}")
+        self._check_selection()
         for name, weight in self.distillation_weights.items():
             if name not in OBJECTIVES:
                 raise ValueError("distillation: " + unknown_key_message(name, OBJECTIVES))
@@ -157,6 +196,34 @@ class SDPruneConfig(CheckedConfig):
             )
         if self.task_weight == 0.0 and not self.distillation_weights:
             raise ValueError("task_weight must be above 0 without distillation, got 0.0: nothing would be learnt")
+
+    def _check_selection(self) -> None:
+        """Check what decides which units go."""
+        self._check_choice("block_reduction", BLOCK_REDUCTIONS)
+        if not 0 < self.n <= self.m:
+            raise ValueError(f"n and m must satisfy 0 < n <= m, got n={self.n} and m={self.m}")
+        if self.structure == "n:m":
+            if abs(self.target_sparsity - (1.0 - self.n / self.m)) > 1e-9:
+                raise ValueError(
+                    f"target_sparsity must be 1 - n / m = {1.0 - self.n / self.m} with structure='n:m', n={self.n} and "
+                    f"m={self.m}, got {self.target_sparsity!r}"
+                )
+            if self.scope == "global":
+                raise ValueError("scope must be 'layer' with structure='n:m', whose groups all keep n, got 'global'")
+        if self.magnitude_norm not in (1, 2):
+            raise ValueError(f"magnitude_norm must be 1 or 2, got {self.magnitude_norm}")
+        self._check_at_least("sparsity_penalty", 0.0)
+        if not (math.isfinite(self.score_learning_rate) and self.score_learning_rate > 0.0):
+            raise ValueError(f"score_learning_rate must be a finite number > 0, got {self.score_learning_rate!r}")
+        if not 0.0 <= self.min_layer_density < 1.0:
+            raise ValueError(f"min_layer_density must lie in [0, 1), got {self.min_layer_density!r}")
+        if self.min_layer_density > 1.0 - self.target_sparsity:
+            raise ValueError(
+                f"min_layer_density must be at most 1 - target_sparsity = {1.0 - self.target_sparsity:.6g}, "
+                f"got {self.min_layer_density}"
+            )
+        if self.criterion == "epsd" and self.schedule != "one_shot":
+            raise ValueError(f"schedule must be 'one_shot' with criterion='epsd', got {self.schedule!r}")
 
     @property
     def distillation_weights(self) -> dict[str, float]:

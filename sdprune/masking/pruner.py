@@ -2,57 +2,151 @@
 
 from __future__ import annotations
 
-import re
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
 
-from sdp_kernels import BitMask, select_mask, zero_
+from sdp_kernels import BitMask, zero_
 from sdprune.config import SDPruneConfig
-from sdprune.masking.criteria import CRITERIA
-from sdprune.masking.layers import MaskedLinear
+from sdprune.masking.criteria import CRITERIA, lookahead, magnitude, random
+from sdprune.masking.layers import MaskedConv1D, MaskedLinear
 from sdprune.masking.select import select_linears
-from sdprune.masking.structure import check_structure, selection_arguments
-from sdprune.masking.swap import masked_layers, named_weights, swap
+from sdprune.masking.structure import Structure
+from sdprune.masking.swap import mask_layer, masked_layers, named_weights, swap
 
 
-def mask_model(model: nn.Module, config: SDPruneConfig) -> None:
-    """Swap the layers that `config` chooses for masked ones, in place; logits stay equal to the bit.
+def mask_model(model: nn.Module, config: SDPruneConfig) -> Structure:
+    """Swap the layers that `config` prunes for masked ones, in place; logits stay equal to the bit.
+
+    Returns:
+        What is pruned together.
 
     Raises:
-        ValueError: the choice matches nothing or a block does not divide a layer.
+        ValueError: the choice matches nothing, or a layer cannot take the structure.
     """
-    names = select_linears(model, config)
-    check_structure(named_weights(model, names), config)
-    swap(model, names, MaskedLinear.from_dense)
+    structure = Structure.of(model, select_linears(model, config), config)
+    criterion = CRITERIA[config.criterion]
+    for name in structure.layers:
+        shape = structure.block_shapes.get(name)
+        make = partial(mask_layer, keep_pruned_values=criterion.revives, block_shape=shape)
+        swap(model, [name], make)
+        if criterion.update is not None:
+            layer = masked_layers(model.get_submodule(name))[""]
+            layer.gather_scores(criterion.start, hard_concrete=config.criterion == "l0")
+    return structure
 
 
 @torch.no_grad()
-def prune_step(model: nn.Module, config: SDPruneConfig, sparsity: float) -> None:
+def prune_step(model: nn.Module, config: SDPruneConfig, sparsity: float, structure: Structure | None = None) -> None:
     """Raise the sparsity of the masked layers to `sparsity`: exact counts, and what is pruned stays pruned.
 
+    Args:
+        model: a model that `mask_model` prepared for `config`.
+        config: what is pruned, and by which criterion.
+        sparsity: fraction of units to prune.
+        structure: what `mask_model` returned; None: found again.
+
     Raises:
-        ValueError: a layer would lose all its weights, or its weights are NaN; the layer is named.
+        ValueError: a layer would lose all its weights, its weights are NaN (the layer is named), or a criterion that
+            needs gradients has seen none.
     """
     layers = masked_layers(model)
-    score = CRITERIA[config.criterion]
-    scores = [score(layer.weight).masked_fill_(~layer.bit_mask.to_bool(), -torch.inf) for layer in layers.values()]
-    try:
-        masks = select_mask(scores, sparsity, **selection_arguments(config))
-    except ValueError as error:
-        names = list(layers)
-        named = re.sub(r"scores\[(\d+)\]", lambda found: f"layer {names[int(found[1])]!r}", str(error))
-        raise ValueError(named) from None
-    for layer, mask in zip(layers.values(), masks, strict=True):
-        layer.set_mask(mask)
+    if structure is None:
+        structure = Structure.of(model, list(layers), config)
+    scores = _scores(layers, structure, config)
+    masks = structure.select(scores, {name: layer.bit_mask for name, layer in layers.items()}, sparsity, config)
+    for name, mask in masks.items():
+        layers[name].set_mask(mask)
+    if CRITERIA[config.criterion].fresh:
+        for layer in layers.values():
+            if layer.score is not None and layer.score_steps is not None:
+                layer.score.zero_()
+                layer.score_steps.zero_()
+
+
+def _scores(layers: Mapping[str, MaskedLinear], structure: Structure, config: SDPruneConfig) -> dict[str, Tensor]:
+    """One score for each weight, or for each block where the criterion gathers scores of blocks."""
+    criterion = CRITERIA[config.criterion]
+    if criterion.update is not None:
+        gathered = {}
+        for name, layer in layers.items():
+            if layer.score is None or layer.score_steps is None or not int(layer.score_steps):
+                raise ValueError(
+                    f"criterion={config.criterion!r} ranks by gradients, but layer {name!r} has seen none since the "
+                    "last pruning step; train at least one step first (start_ratio > 0)"
+                )
+            gathered[name] = criterion.score(layer.score)
+        return gathered
+    # a sum of many half-precision scores would round
+    weights = {name: layer.matrix.detach().float() for name, layer in layers.items()}
+    if config.criterion == "random":  # the same on every rank and at every pruning step
+        seeds = {name: zlib.crc32(f"{config.seed} {name}".encode()) for name in weights}
+        return {name: random(weight, torch.Generator().manual_seed(seeds[name])) for name, weight in weights.items()}
+    if config.criterion == "lookahead":
+        before, after = _neighbours(weights, structure)
+        return {name: lookahead(weight, before[name], after[name]) for name, weight in weights.items()}
+    if config.criterion == "lamp":  # which the structure makes of the squares of whole units
+        return {name: magnitude(weight, 2) for name, weight in weights.items()}
+    return {name: magnitude(weight, config.magnitude_norm) for name, weight in weights.items()}
+
+
+def _neighbours(weights: Mapping[str, Tensor], structure: Structure) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Norms of the weights in front of every input and behind every output, through the unit that they share."""
+    before = {name: torch.ones(weight.shape[1], device=weight.device) for name, weight in weights.items()}
+    after = {name: torch.ones(weight.shape[0], device=weight.device) for name, weight in weights.items()}
+    for coupling in structure.couplings:
+        columns = coupling.columns.to(weights[coupling.consumer].device)
+        behind = weights[coupling.consumer].square().sum(0)[columns].sum(1)
+        front = torch.zeros_like(behind)
+        for name, rows in coupling.producers.items():
+            rows = rows.to(behind.device)
+            front += weights[name].square().sum(1)[rows].sum(1)
+            after[name][rows] = behind.sqrt()[:, None]
+        before[coupling.consumer][columns] = front.sqrt()[:, None]
+    return before, after
+
+
+@torch.no_grad()
+def gather(model: nn.Module, config: SDPruneConfig, scale: float = 1.0) -> None:
+    """Take the gradients of the optimizer step that just ran backward into the scores of a gradient criterion.
+
+    In a distributed run the mean over the processes is taken, so that every rank has the same scores.
+
+    Args:
+        model: a model that `mask_model` prepared for `config`.
+        config: the criterion.
+        scale: by how much a loss scaler multiplied the loss.
+    """
+    update = CRITERIA[config.criterion].update
+    if update is None:
+        return
+    for layer in masked_layers(model).values():
+        if not layer.gathering or layer.score is None or layer.score_steps is None:
+            continue
+        found = layer.take_sensitivity()
+        sensitivity = torch.zeros_like(layer.score) if found is None else found / scale
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sensitivity)
+            sensitivity /= distributed.get_world_size()
+        if found is None or not bool(sensitivity.isfinite().all()):
+            continue  # a step that the loss scaler skips too, or a layer that the batch did not reach
+        layer.score.copy_(update(layer.score, sensitivity, config))
+        layer.score_steps += 1
 
 
 @torch.no_grad()
 def zero_pruned(model: nn.Module) -> None:
     """Set the pruned values of every layer that holds its zeros in place back to zero."""
     layers = [layer for layer in masked_layers(model).values() if not layer.keep_pruned_values]
-    zero_([layer.weight for layer in layers], [layer.bit_mask for layer in layers])
+    stored = [layer for layer in layers if not isinstance(layer, MaskedConv1D)]
+    zero_([layer.weight for layer in stored], [layer.bit_mask for layer in stored])
+    for layer in layers:
+        if isinstance(layer, MaskedConv1D):
+            layer.zero_()
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ A run prunes at `pruning_steps` moments. Moment i happens at the beginning of an
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 
 from sdprune.config import SDPruneConfig
+from sdprune.masking.criteria import CRITERIA
 
 
 def sparsity_levels(config: SDPruneConfig) -> tuple[float, ...]:
@@ -56,3 +57,30 @@ def sparsity_before(config: SDPruneConfig, max_steps: int, step: int) -> float:
     """Return the sparsity that holds after `step` finished optimizer steps, before the next one begins."""
     done = bisect_left(pruning_moments(config, max_steps), step)
     return sparsity_levels(config)[done - 1] if done else 0.0
+
+
+def lr_factor(config: SDPruneConfig, max_steps: int, step: int) -> float:
+    """Return the factor of the learning rate after `step` finished optimizer steps when `lr_restarts` is set.
+
+    It starts at 1 and falls linearly towards a tenth until the next pruning step, where it restarts (the cyclic
+    schedule of GMP*, Kurtic and Alistarh 2022, https://arxiv.org/abs/2210.06384; prune-then-distill,
+    https://arxiv.org/abs/2109.14960, restarts likewise). The last cycle lasts to the end of the training.
+    """
+    bounds = sorted({0, *pruning_moments(config, max_steps), max_steps})
+    index = bisect_right(bounds, min(step, max_steps - 1)) - 1
+    start, end = bounds[index], bounds[index + 1]
+    return 1.0 - 0.9 * (min(step, end) - start) / (end - start)
+
+
+def check_gradients_come_first(config: SDPruneConfig, max_steps: int) -> None:
+    """Check that a criterion that needs gradients has them before the first pruning step.
+
+    Raises:
+        ValueError: the first pruning step comes before any training step.
+    """
+    moments = pruning_moments(config, max_steps)
+    if CRITERIA[config.criterion].update is not None and moments and moments[0] == 0:
+        raise ValueError(
+            f"criterion={config.criterion!r} ranks by gradients, but the first pruning step comes before any training "
+            f"step: set start_ratio to at least {1.0 / max_steps:.3g}, got {config.start_ratio}"
+        )

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from sdprune.config import SDPruneConfig
+from sdprune.masking.linears import is_linear
 
 
 def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
@@ -20,7 +21,7 @@ def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
         ValueError: a pattern is no regular expression or matches no linear layer, or nothing is left (the
             candidates are listed); or a chosen weight is shared with another module.
     """
-    candidates = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
+    candidates = [name for name, module in model.named_modules() if is_linear(module) and name]
     if config.target_modules is None:
         chosen = _in_layer_stack(model, candidates)
         if not chosen:

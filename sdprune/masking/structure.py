@@ -1,34 +1,283 @@
-"""Structures: which weights are pruned together, as arguments of `sdp_kernels.select_mask`."""
+"""Structures: which weights are kept or pruned together, and how many of these units a sparsity leaves."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from sdp_kernels import BitMask, select_mask
 from sdprune.config import SDPruneConfig
+from sdprune.masking.coupling import Coupling, find_couplings
+from sdprune.masking.criteria import CRITERIA, lamp
+from sdprune.masking.linears import matrix
 
 
-def selection_arguments(config: SDPruneConfig) -> dict[str, Any]:
-    """Return the keyword arguments that make `select_mask` prune in the structure and scope of `config`."""
-    scope = "global" if config.scope == "global" else "tensor"
-    if config.structure == "block":
-        return {"structure": "block", "block_shape": config.block_shape, "scope": scope}
-    return {"structure": "unstructured", "scope": scope}
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one layer, or with 1 x 1 blocks its weights.
 
-
-def check_structure(weights: Mapping[str, Tensor], config: SDPruneConfig) -> None:
-    """Check that the structure fits every layer.
-
-    Raises:
-        ValueError: the block does not divide a layer, which is named.
+    Args:
+        name: the layer.
+        shape: (out, in) of its weight.
+        block_shape: (out, in) of a block.
+        reduction: score of a block from those of its weights.
     """
-    if config.structure != "block":
-        return
-    for name, weight in weights.items():
-        if weight.shape[0] % config.block_shape[0] or weight.shape[1] % config.block_shape[1]:
+
+    name: str
+    shape: tuple[int, int]
+    block_shape: tuple[int, int] = (1, 1)
+    reduction: str = "sum"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers whose weights the units are made of."""
+        return (self.name,)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of units down and across."""
+        return self.shape[0] // self.block_shape[0], self.shape[1] // self.block_shape[1]
+
+    def units(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Return the scores of the units, (grid), from those of the weights or those of the blocks themselves."""
+        values = scores[self.name]
+        if tuple(values.shape) == self.grid:
+            return values
+        (rows, columns), (height, width) = self.grid, self.block_shape
+        parts = values.reshape(rows, height, columns, width)
+        if self.reduction == "max":
+            return parts.amax((1, 3))
+        return parts.sum((1, 3)) if self.reduction == "sum" else parts.mean((1, 3))
+
+    def kept(self, masks: Mapping[str, BitMask]) -> Tensor:
+        """Return which units the masks keep, (grid) bool."""
+        return masks[self.name].to_bool()[:: self.block_shape[0], :: self.block_shape[1]]
+
+    def masks(self, kept: BitMask) -> dict[str, BitMask]:
+        """Return the masks of the layers from the mask of the units."""
+        if self.block_shape == (1, 1):
+            return {self.name: kept}
+        return {self.name: BitMask.from_blocks(kept.to_bool(), self.block_shape, self.shape)}
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The neurons or heads of one coupling.
+
+    Args:
+        coupling: which rows and columns make a unit.
+        shapes: (out, in) of its layers, by name.
+    """
+
+    coupling: Coupling
+    shapes: Mapping[str, tuple[int, int]]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers whose weights the units are made of."""
+        return (*self.coupling.producers, self.coupling.consumer)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of units, as a column."""
+        return self.coupling.units, 1
+
+    def units(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean score of the weights of every unit, (units, 1)."""
+        values = scores[self.coupling.consumer]
+        total = values.sum(0)[self.coupling.columns.to(values.device)].sum(1)
+        weights = self.coupling.columns.shape[1] * values.shape[0]
+        for name, rows in self.coupling.producers.items():
+            total = total + scores[name].sum(1)[rows.to(values.device)].sum(1)
+            weights += rows.shape[1] * scores[name].shape[1]
+        return (total / weights)[:, None]
+
+    def kept(self, masks: Mapping[str, BitMask]) -> Tensor:
+        """Return which units the masks keep, (units, 1) bool."""
+        columns = masks[self.coupling.consumer].to_bool().any(0)
+        return columns[self.coupling.columns[:, :1].to(columns.device)]
+
+    def masks(self, kept: BitMask) -> dict[str, BitMask]:
+        """Return the masks of the layers from the mask of the units."""
+        pruned = ~kept.to_bool().flatten()
+        masks = {}
+        for name, members in ((self.coupling.consumer, self.coupling.columns), *self.coupling.producers.items()):
+            mask = torch.ones(self.shapes[name], dtype=torch.bool, device=pruned.device)
+            lines = mask.T if name == self.coupling.consumer else mask
+            lines[members.to(pruned.device)[pruned].flatten()] = False
+            masks[name] = BitMask.from_bool(mask)
+        return masks
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What is pruned in a model: units ranked in parts (blocks; neurons or heads), each of which reaches the target.
+
+    Args:
+        parts: the parts, each of units of one kind.
+        block_shapes: the block shape of every layer pruned in blocks, by name.
+        couplings: the couplings of the layers, where the criterion or the structure asks for them.
+    """
+
+    parts: tuple[tuple[Blocks | Units, ...], ...]
+    block_shapes: Mapping[str, tuple[int, int]]
+    couplings: tuple[Coupling, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that are pruned."""
+        return tuple(name for part in self.parts for each in part for name in each.layers)
+
+    @classmethod
+    def of(cls, model: nn.Module, names: list[str], config: SDPruneConfig) -> Structure:
+        """Find what `config` prunes among the named layers.
+
+        Raises:
+            ValueError: a layer cannot take the structure (which one and why), or no layer can.
+        """
+        shapes = {name: _shape(model.get_submodule(name)) for name in names}
+        kinds = {"neuron": ("neuron",), "hybrid": ("neuron",), "head": ("head",)}.get(config.structure, ())
+        couplings = find_couplings(model, names) if kinds or config.criterion == "lookahead" else []
+        units = tuple(Units(each, shapes) for each in couplings if each.kind in kinds)
+        if kinds and not units:
             raise ValueError(
-                f"block_shape {config.block_shape} (out, in) does not divide layer {name!r} of shape "
-                f"{tuple(weight.shape)}; choose another block_shape or name the layer in exclude_modules"
+                f"structure={config.structure!r} finds no {kinds[0]}s among the layers that target_modules and "
+                f"exclude_modules choose: {', '.join(names[:12])}"
+            )
+        _check_once(units, config)
+        taken = {name for each in units for name in each.layers}
+        others = [name for name in names if name not in taken] if config.structure not in ("neuron", "head") else []
+        blocks: dict[str, tuple[int, int]] = {}
+        if config.structure in ("block", "hybrid"):
+            blocks = dict.fromkeys(others, config.block_shape)
+            _check_divides(shapes, blocks)
+        if config.structure == "n:m":
+            _check_groups(shapes, config.m)
+        rest = tuple(Blocks(name, shapes[name], blocks.get(name, (1, 1)), config.block_reduction) for name in others)
+        parts = tuple(part for part in (rest, units) if part)
+        return cls(parts, blocks, tuple(couplings))
+
+    def select(
+        self, scores: Mapping[str, Tensor], masks: Mapping[str, BitMask], sparsity: float, config: SDPruneConfig
+    ) -> dict[str, BitMask]:
+        """Return the masks that keep the units of the highest scores.
+
+        Args:
+            scores: a score for every weight or block, by layer.
+            masks: the masks so far; what they prune stays pruned unless the criterion revives.
+            sparsity: fraction of the units to prune, exact to one unit of every ranking.
+            config: scope, floor, criterion.
+
+        Raises:
+            ValueError: a layer, which is named, would lose everything, or its scores are NaN.
+        """
+        revives = CRITERIA[config.criterion].revives
+        selected: dict[str, BitMask] = {}
+        for part in self.parts:
+            values = []
+            for each in part:
+                unit = each.units(scores)
+                if config.criterion == "lamp":
+                    unit = lamp(unit)
+                if not revives:
+                    unit = _sunk(unit, each.kept(masks).to(unit.device))
+                values.append(_protected(unit, config.min_layer_density))
+            names = [each.layers[-1] for each in part]
+            if config.structure == "n:m":
+                kept = _selected(names, values, structure="n:m", n=groups_keep(sparsity, config), m=config.m)
+            else:
+                scope = "global" if config.scope == "global" else "tensor"
+                kept = _selected(names, values, sparsity=sparsity, scope=scope)
+            for each, mask in zip(part, kept, strict=True):
+                selected |= each.masks(mask)
+        return selected
+
+    def tolerance(self, config: SDPruneConfig) -> float:
+        """Return by how much the fraction of pruned weights may differ from the sparsity asked for, by rounding."""
+        total = units = 0.0
+        for part in self.parts:
+            sizes = [sum(math.prod(_shape_in(each, name)) for name in each.layers) for each in part]
+            largest = [size / math.prod(each.grid) for each, size in zip(part, sizes, strict=True)]
+            total += sum(sizes)
+            units += max(largest) if config.scope == "global" else sum(largest)
+        return units / total
+
+
+def groups_keep(sparsity: float, config: SDPruneConfig) -> int:
+    """Return how many of `m` neighbours are kept at this sparsity: as few as it allows, never fewer than `n`."""
+    return max(config.n, math.ceil(config.m * (1.0 - sparsity) - 1e-9))
+
+
+def reached_sparsity(sparsity: float, config: SDPruneConfig) -> float:
+    """Return the sparsity that the structure reaches when asked for `sparsity`, but for rounding to a unit."""
+    return 1.0 - groups_keep(sparsity, config) / config.m if config.structure == "n:m" else sparsity
+
+
+def _sunk(scores: Tensor, kept: Tensor) -> Tensor:
+    """What is pruned is pruned first. NaN shows: it must not hide under the mask."""
+    return torch.where(kept | scores.isnan(), scores, -torch.inf)
+
+
+def _protected(scores: Tensor, density: float) -> Tensor:
+    """The highest scores of a layer, as many as `density` demands, are raised above all others."""
+    count = math.ceil(density * scores.numel())
+    if count == 0:
+        return scores
+    raised = scores.flatten().clone()
+    best = raised.sort(descending=True, stable=True).indices[:count]
+    raised[best] = torch.where(raised[best].isnan(), torch.nan, torch.inf)
+    return raised.view_as(scores)
+
+
+def _selected(names: list[str], scores: list[Tensor], **arguments: object) -> list[BitMask]:
+    """`select_mask` with errors that name the layer."""
+    try:
+        return select_mask(scores, **arguments)  # type: ignore[call-overload, no-any-return]
+    except ValueError as error:
+        text = str(error)
+        for index, name in enumerate(names):
+            text = text.replace(f"scores[{index}]", f"layer {name!r}")
+        raise ValueError(text) from None
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    weight = matrix(layer)
+    return weight.shape[0], weight.shape[1]
+
+
+def _shape_in(each: Blocks | Units, name: str) -> tuple[int, int]:
+    return each.shapes[name] if isinstance(each, Units) else each.shape
+
+
+def _check_once(units: tuple[Units, ...], config: SDPruneConfig) -> None:
+    owner: dict[str, str] = {}
+    for each in units:
+        for name in each.layers:
+            if name in owner:
+                raise ValueError(
+                    f"structure={config.structure!r} cannot prune layer {name!r}: it has a part in the units of both "
+                    f"{owner[name]!r} and {each.coupling.consumer!r}; name one of them in exclude_modules"
+                )
+            owner[name] = each.coupling.consumer
+
+
+def _check_divides(shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, tuple[int, int]]) -> None:
+    for name, block in blocks.items():
+        if shapes[name][0] % block[0] or shapes[name][1] % block[1]:
+            raise ValueError(
+                f"block_shape {block} (out, in) does not divide layer {name!r} of shape "
+                f"{shapes[name]}; choose another block_shape or name the layer in exclude_modules"
+            )
+
+
+def _check_groups(shapes: Mapping[str, tuple[int, int]], m: int) -> None:
+    for name, shape in shapes.items():
+        if shape[1] % m:
+            raise ValueError(
+                f"m={m} does not divide the input size of layer {name!r} of shape {shape}; choose another m or name "
+                "the layer in exclude_modules"
             )

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from sdprune.masking.layers import MaskedLinear
+from sdprune.masking.layers import MaskedConv1D, MaskedLinear
+from sdprune.masking.linears import is_conv1d, is_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def swap(model: Model, names: Iterable[str], make: Callable[[nn.Linear], nn.Module]) -> Model:
+def mask_layer(layer: nn.Module, **options: Any) -> MaskedLinear:
+    """Return the masked layer that shares the parameters of a linear one; options as of `MaskedLinear`."""
+    if is_conv1d(layer):
+        return MaskedConv1D.from_dense(layer, **options)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"layer must be a linear layer, got {type(layer).__name__}")
+    return MaskedLinear.from_dense(layer, **options)
+
+
+def swap(model: Model, names: Iterable[str], make: Callable[[Any], nn.Module] = mask_layer) -> Model:
     """Replace every named linear layer by `make(layer)`, in place; layers already masked stay. Returns the model."""
     for name in names:
         layer = model.get_submodule(name)
-        if isinstance(layer, nn.Linear) and not isinstance(layer, MaskedLinear):
+        if is_linear(layer) and not isinstance(layer, MaskedLinear):
             model.set_submodule(name, make(layer))
     return model
 

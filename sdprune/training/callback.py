@@ -9,8 +9,14 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdprune.config import SDPruneConfig
-from sdprune.masking.pruner import mask_model, masked_fraction, prune_step, zero_pruned
-from sdprune.masking.schedule import pruning_moments, sparsity_before, sparsity_levels
+from sdprune.masking.pruner import gather, mask_model, masked_fraction, prune_step, zero_pruned
+from sdprune.masking.schedule import (
+    check_gradients_come_first,
+    pruning_moments,
+    sparsity_before,
+    sparsity_levels,
+)
+from sdprune.masking.structure import Structure, reached_sparsity
 from sdprune.masking.swap import masked_layers
 
 logger = logging.getLogger(__name__)
@@ -34,6 +40,7 @@ class SDPruneCallback(TrainerCallback):
 
     def __init__(self, config: SDPruneConfig) -> None:
         self.config = config
+        self._structure: Structure | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mask the model."""
@@ -43,25 +50,22 @@ class SDPruneCallback(TrainerCallback):
                 "would keep a model from before the target sparsity; set load_best_model_at_end=False and "
                 "save_strategy='steps' or 'epoch'"
             )
-        mask_model(kwargs["model"], self.config)
+        self._structure = mask_model(kwargs["model"], self.config)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the schedule fits the training and the masks fit the step."""
         model: nn.Module = kwargs["model"]
-        if not masked_layers(model):
+        if not masked_layers(model) or self._structure is None:
             raise ValueError("the model has no masked layers; pass SDPruneCallback in callbacks=[...] of the Trainer")
-        self._check_sparsity(model, sparsity_before(self.config, state.max_steps, state.global_step))
+        check_gradients_come_first(self.config, state.max_steps)
+        self._check_sparsity(model, sparsity_before(self.config, state.max_steps, state.global_step), self._structure)
 
-    def _check_sparsity(self, model: nn.Module, expected: float) -> None:
-        layers = masked_layers(model).values()
-        total = sum(layer.weight.numel() for layer in layers)
-        height, width = self.config.block_shape if self.config.structure == "block" else (1, 1)
-        units = 1 if self.config.scope == "global" else len(layers)
-        tolerance = units * height * width / total  # rounding to one weight or block, in each layer or in all
+    def _check_sparsity(self, model: nn.Module, asked: float, structure: Structure) -> None:
+        expected = reached_sparsity(asked, self.config)
         found = masked_fraction(model)
-        if abs(found - expected) > tolerance:
+        if abs(found - expected) > structure.tolerance(self.config):
             raise ValueError(
                 f"the masks have sparsity {found:.4f} where this configuration has {expected:.4f} at this step: "
                 "the checkpoint belongs to another configuration, or its masks were not loaded"
@@ -72,9 +76,24 @@ class SDPruneCallback(TrainerCallback):
     ) -> None:
         """Prune if this is a pruning moment."""
         moments = pruning_moments(self.config, state.max_steps)
+        model: nn.Module = kwargs["model"]
         if state.global_step in moments:
             level = sparsity_levels(self.config)[moments.index(state.global_step)]
-            prune_step(kwargs["model"], self.config, level)
+            prune_step(model, self.config, level, self._structure)
+        if not moments or state.global_step >= moments[-1]:
+            for layer in masked_layers(model).values():
+                layer.settle()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take in the gradients, which for the criteria are measured before the clipping that comes ahead of this."""
+        model: nn.Module = kwargs["model"]
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        gather(model, self.config, scale=1.0 if scaler is None else float(scaler.get_scale()))
+        if self.config.criterion == "epsd" and any(layer.gathering for layer in masked_layers(model).values()):
+            for parameter in model.parameters():  # without a gradient the optimizer leaves the weights untouched
+                parameter.grad = None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,4 +113,6 @@ class SDPruneCallback(TrainerCallback):
                 state.max_steps,
                 self.config.target_sparsity,
             )
-            prune_step(kwargs["model"], self.config, self.config.target_sparsity)
+            prune_step(kwargs["model"], self.config, self.config.target_sparsity, self._structure)
+            for layer in masked_layers(kwargs["model"]).values():
+                layer.settle()
