@@ -169,7 +169,8 @@ def test_kernels_rank_many_tensors(dtype: torch.dtype, scope: Any, device: torch
     """Several programs a tensor, ties of both zeros and across programs, a tensor of one row, every rank."""
     tied = torch.randn(70, 65).round()
     special = torch.tensor([[0.0, -0.0, torch.inf, -torch.inf, 6e-8, -6e-8, 6e4, 1.0, 1.0]])
-    scores = [each.to(device, dtype) for each in (torch.randn(9, 130), tied, -tied.T, special)]
+    near = 1 + torch.randperm(4000).view(50, 80) * 2**-23  # differ in the last digit only
+    scores = [each.to(device, dtype) for each in (torch.randn(9, 130), tied, -tied.T, special, near)]
     for sparsity in (0.0, 0.1, 0.45, 0.9, 0.999):
         expected = select_mask([each.cpu() for each in scores], sparsity, scope=scope, allow_empty=True)
         with use_backend(triton_backend):
