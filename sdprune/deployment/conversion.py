@@ -144,8 +144,7 @@ def find_records(
         elif name in choices:
             structure, block_shape = _planned(choices[name])
         else:
-            structure, block_shape = choose(weight, ())
-            structure = "" if structure == NARROW else structure
+            structure, block_shape = choose(weight, (), narrow=False)
         if structure:
             tensors = pack(weight, structure, block_shape)
             shape = (weight.shape[0], weight.shape[1])

@@ -258,7 +258,7 @@ def verify(tensors: Mapping[str, Tensor], record: LayerRecord, layer: str, file:
 
 
 def choose(
-    weight: Tensor, block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES
+    weight: Tensor, block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES, *, narrow: bool = True
 ) -> tuple[str, tuple[int, int] | None]:
     """Return the structure, and block shape, that stores a weight (out, in) in the fewest bytes.
 
@@ -267,6 +267,8 @@ def choose(
     """
     costs: dict[tuple[str, tuple[int, int] | None], float] = {("", None): WORTHWHILE * weight.nbytes}
     costs |= stored_bytes(weight, block_shapes)
+    if not narrow:
+        del costs[NARROW, None]
     return min(costs, key=lambda form: costs[form])
 
 

@@ -101,3 +101,15 @@ def make_architecture():
         return auto_class, model, zero_in_turn(model)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_dense():
+    """Return a maker of a random model without zeros: its auto class and the model."""
+
+    def make(name: str):
+        auto_class, config = ARCHITECTURES[name]
+        torch.manual_seed(0)
+        return auto_class, auto_class.from_config(config).eval()
+
+    return make
