@@ -17,10 +17,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from sdp_kernels.block_sparse_linear.launch import STEP, choose_launch, choose_splits, values_step, values_warps
+from sdp_kernels.block_sparse_linear.launch import (
+    STEP,
+    TUNED,
+    ProductClass,
+    choose_launch,
+    choose_splits,
+    values_step,
+    values_warps,
+)
 from sdp_kernels.dispatch import float32_precision, on_its_device
 from sdp_kernels.spec import KernelConfig
+
+__all__ = ["OutOfResources", "configurations", "product", "values_gradient"]
 
 GROUP_BYTES = 2**23  # of the input that programs running together read
 FINISH_BLOCK = 1024
@@ -58,10 +69,12 @@ def product(
     input = input.contiguous()
     if values.stride() not in ((height * width, width, 1), (height * width, 1, height)):
         values = values.contiguous()
-    launch = choose_launch(tokens, height, input.dtype, capability_of(input.device))
+    tuned = TUNED.get(ProductClass.of(tokens, (out_features, in_features), (height, width), input.dtype))
+    launch = tuned.launch if tuned else choose_launch(tokens, height, input.dtype, capability_of(input.device))
     tiles, lines = triton.cdiv(tokens, launch.block_tokens), order.numel()
     programs = tiles * lines
-    splits = choose_splits(programs, blocks * width / (lines * STEP), multiprocessors(input.device))
+    steps = blocks * width / (lines * STEP)
+    splits = tuned.splits if tuned else choose_splits(programs, steps, multiprocessors(input.device))
     sums = output if splits == 1 else input.new_empty(splits, tokens, out_features, dtype=torch.float32)
     epilogue = {"HAS_BIAS": bias is not None, "ACTIVATION": activation or "none"}
     _product_kernel[(programs, splits)](

@@ -1,6 +1,6 @@
 """How the kernels are launched: tile sizes and options as a function of sizes, dtype and device."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -27,15 +27,43 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+class ProductClass(NamedTuple):
+    """What a tuned launch is for."""
+
+    tokens: int  # the next power of two
+    shape: tuple[int, int]  # (out, in)
+    block_shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tokens: int, shape: tuple[int, int], block_shape: tuple[int, int], dtype: torch.dtype) -> Self:
+        """The class of a product with at least one token."""
+        return cls(_power_above(tokens), shape, block_shape, dtype)
+
+
+class TunedLaunch(NamedTuple):
+    """A launch, and how many programs share a row of blocks."""
+
+    launch: Launch
+    splits: int
+
+
+TUNED: dict[ProductClass, TunedLaunch] = {}  # empty until tuning.py loads a table; comes before the choices below
+
+
 def choose_launch(tokens: int, height: int, dtype: torch.dtype, capability: int) -> Launch:
     """How the product is launched for blocks with `height` output features."""
     shared, most_stages = DEVICES[max((known for known in DEVICES if known <= capability), default=86)]
     largest = 64 if dtype == torch.float32 else 128
-    block_tokens = min(largest, max(16, 1 << (tokens - 1).bit_length()))
-    stage = (block_tokens + height) * STEP * dtype.itemsize
-    num_stages = max(2, min(most_stages, shared // stage))
+    block_tokens = min(largest, max(16, _power_above(tokens)))
+    num_stages = max(2, min(most_stages, shared // shared_memory(block_tokens, height, dtype, 1)))
     held = 64 * 32 if dtype == torch.float32 else 64 * 64  # a larger tile does not fit into the registers of four warps
     return Launch(block_tokens, 8 if block_tokens * height > held else 4, num_stages)
+
+
+def shared_memory(block_tokens: int, height: int, dtype: torch.dtype, num_stages: int) -> int:
+    """Bytes that a program of the product needs for its stages, at most."""
+    return num_stages * (block_tokens + height) * STEP * dtype.itemsize
 
 
 def choose_splits(programs: int, steps: float, multiprocessors: int) -> int:
@@ -53,3 +81,7 @@ def values_step(dtype: torch.dtype) -> int:
 
 def values_warps(block_shape: tuple[int, int]) -> int:
     return 8 if block_shape == (128, 128) else 4
+
+
+def _power_above(number: int) -> int:
+    return 1 << (number - 1).bit_length()
