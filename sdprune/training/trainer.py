@@ -9,12 +9,14 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
 from sdprune.config import SDPruneConfig
 from sdprune.data.sampler import LengthBucketSampler
+from sdprune.distillation.cache import POSITIONS, TeacherCache
 from sdprune.distillation.features import (
+    Features,
     body_output,
     gather,
     logit_mask,
@@ -34,7 +36,8 @@ class SDPruneTrainer(Trainer):
 
     Add `SDPruneCallback(config)` to its callbacks to prune. Evaluation runs without the teacher, and `eval_loss`
     is the task loss. Every loss is the mean over a micro-batch, then over the accumulated ones. The row queue and the
-    steered distillation weight are saved with every checkpoint, so that a resumed run goes on exactly. With
+    steered distillation weight are saved with every checkpoint, so that a resumed run goes on exactly. A teacher cache
+    is filled before the first step, by the main process; machines that train together share its folder. With
     `train_sampling_strategy="group_by_length"` batches are made by `LengthBucketSampler`, whose order survives an
     interruption, and evaluation stays in the order of the data set.
 
@@ -73,6 +76,7 @@ class SDPruneTrainer(Trainer):
         self.teacher = self._make_teacher(teacher_model) if config.distillation_weights else None
         self.distillation_weight = config.distillation_weight
         self._features = feature_names(config)
+        self._cache = self._make_cache() if config.teacher_cache is not None else None
         self._queues: dict[str, SavedRowQueue] = {}
         self._steered_at = -1
         self._parts: dict[str, Tensor] = {}
@@ -86,10 +90,8 @@ class SDPruneTrainer(Trainer):
         if any(name in row for name in self.label_names):
             return
         with torch.random.fork_rng(devices=[]):  # a collator may mask tokens at random
-            check_labels(self._collate([row]), self.label_names, self.sdprune_config)
-
-    def _collate(self, rows: list[Any]) -> Any:
-        return self._get_collator_with_removed_columns(self.data_collator)(rows)
+            collate = self._get_collator_with_removed_columns(self.data_collator)
+            check_labels(collate([row]), self.label_names, self.sdprune_config)
 
     def _make_teacher(self, teacher_model: nn.Module | None) -> Teacher:
         config, model = self.sdprune_config, cast(nn.Module, self.model)
@@ -100,6 +102,41 @@ class SDPruneTrainer(Trainer):
             raise ValueError("teacher_model is the model itself; leave it out to have a frozen copy made")
         check_teacher(model, teacher_model, config)
         return Teacher(teacher_model.to(self.args.device), copy_model=False, dtype=dtype)
+
+    def _make_cache(self) -> TeacherCache:
+        config, dataset = self.sdprune_config, cast(Any, self.train_dataset)
+        folder = cast(str, config.teacher_cache)
+        if self.teacher is None or not self._features:
+            raise ValueError(
+                f"teacher_cache={folder!r} has nothing to keep: distillation={config.distillation!r} compares no "
+                "outputs of a teacher"
+            )
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise ValueError(f"teacher_cache={folder!r} needs a train_dataset with a length and rows by number")
+        if getattr(self.teacher.model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"teacher_cache={folder!r} does not work for a model with an encoder and a decoder; leave it out"
+            )
+        return TeacherCache(
+            Path(folder),
+            self.teacher.model,
+            self._features,
+            dataset,
+            self._get_collator_with_removed_columns(self.data_collator),
+            lambda batch: self._teach(self._prepare_inputs(batch)),
+            precision=f"{config.teacher_dtype or 'as loaded'}, autocast {self.accelerator.mixed_precision}",
+            limit=config.teacher_cache_gigabytes * 1e9,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the training batches, which with a teacher cache say where their examples stand in it."""
+        if self._cache is None:
+            return super().get_train_dataloader()
+        plain, self.data_collator = self.data_collator, self._cache.collate
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
 
     def compute_loss(
         self,
@@ -112,9 +149,11 @@ class SDPruneTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         config = self.sdprune_config
+        inputs = dict(inputs)
+        positions = inputs.pop(POSITIONS, None)
         given = dict(inputs)  # the base class may take the labels out
         if need_hidden_states(self._features):
-            inputs = inputs | {"output_hidden_states": True}
+            inputs["output_hidden_states"] = True
         with body_output(self.accelerator.unwrap_model(model)) as bodies:
             if config.task_weight > 0.0:
                 task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -123,7 +162,7 @@ class SDPruneTrainer(Trainer):
         parts = {} if task is None else {"task": task}
         losses = [] if task is None else [config.task_weight * task]
         if self.teacher is not None:
-            terms = distillation_terms(self._compare(given, outputs.logits, bodies))
+            terms = distillation_terms(self._compare(given, positions, outputs.logits, bodies))
             distillation = sum((weight * terms[name] for name, weight in config.distillation_weights.items()), 0.0)
             if config.gradient_ratio is not None:
                 self._steer(losses[0], cast(Tensor, distillation))
@@ -133,15 +172,32 @@ class SDPruneTrainer(Trainer):
         loss = sum(losses[1:], losses[0])
         return (loss, outputs) if return_outputs else loss
 
-    def _compare(self, inputs: dict[str, Any], logits: Tensor, bodies: list[Any]) -> Comparison:
-        """Gather what the objectives compare; the teacher runs only where they need its outputs."""
+    def _teach(self, inputs: dict[str, Any]) -> Features:
+        with self.accelerator.autocast():
+            return cast(Teacher, self.teacher)(inputs, self._features)
+
+    def _remember(self, positions: list[int], student: Features) -> Features:
+        cache = cast(TeacherCache, self._cache)
+        if not cache.filled:
+            with self.accelerator.main_process_first():
+                cache.open_or_fill(self.args.train_batch_size)
+        widths = [value.shape[1] for value in student.values() if value.dim() == 3]
+        return cache(positions, max(widths, default=0), self.args.device)
+
+    def _compare(
+        self, inputs: dict[str, Any], positions: list[int] | None, logits: Tensor, bodies: list[Any]
+    ) -> Comparison:
+        """Gather what the objectives compare; the teacher runs only where they need outputs that are not cached."""
         teacher, model = cast(Teacher, self.teacher), self.accelerator.unwrap_model(self.model)
         mask = token_mask(inputs, model)
-        with self.accelerator.autocast():
-            taught = teacher(inputs, self._features) if self._features else {}
+        student: Features = {}
+        taught: Features = {}
+        if self._features:
+            student = gather(self._features, logits, bodies, mask)
+            taught = self._teach(inputs) if positions is None else self._remember(positions, student)
         return Comparison(
             config=self.sdprune_config,
-            student=gather(self._features, logits, bodies, mask) if self._features else {},
+            student=student,
             teacher=taught,
             tokens=mask,
             positions=logit_mask(logits, inputs, mask, model),
