@@ -43,7 +43,7 @@ from sdprune.deployment.storage import (
     pack,
     verify,
 )
-from sdprune.deployment.weight_files import WeightFiles, check_inside
+from sdprune.deployment.weight_files import WeightFiles
 from sdprune.masking.linears import is_conv1d
 
 
@@ -287,10 +287,12 @@ def _open(model: Any, checkpoint_files: Iterable[str] | None) -> WeightFiles:
     if not checkpoint_files:
         raise ValueError("a model with stored layers must be loaded from files, got none (was a state_dict given?)")
     folder = Path(model.config.name_or_path)
-    for file in checkpoint_files:
-        if folder.is_dir():  # a hub cache links to files elsewhere, and refuses such names itself
-            name = str(Path(file).relative_to(folder)) if Path(file).is_relative_to(folder) else file
-            check_inside(folder, name, "the checkpoint (index file or config.json)")
+    for file in map(Path, checkpoint_files):
+        # A hub cache links to files elsewhere, and refuses such names itself.
+        if folder.is_dir() and (not file.is_relative_to(folder) or ".." in file.relative_to(folder).parts):
+            raise ValueError(
+                f"{folder}: the index of the shards, or config.json, must name files in it, got {str(file)!r}"
+            )
     return WeightFiles(checkpoint_files)
 
 

@@ -1,5 +1,7 @@
 """Tiny random models of several architectures, with zeros of every structure in them."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -97,7 +99,7 @@ def make_architecture():
     def make(name: str, dtype: torch.dtype = torch.float32):
         auto_class, config = ARCHITECTURES[name]
         torch.manual_seed(0)
-        model = auto_class.from_config(config).to(dtype).eval()
+        model = auto_class.from_config(copy.deepcopy(config)).to(dtype).eval()
         return auto_class, model, zero_in_turn(model)
 
     return make
@@ -110,6 +112,6 @@ def make_dense():
     def make(name: str):
         auto_class, config = ARCHITECTURES[name]
         torch.manual_seed(0)
-        return auto_class, auto_class.from_config(config).eval()
+        return auto_class, auto_class.from_config(copy.deepcopy(config)).eval()
 
     return make

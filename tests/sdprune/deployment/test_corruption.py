@@ -227,7 +227,7 @@ def test_shards_stay_in_their_folder(sharded, load, variant, tmp_path):
     shutil.copy(folder / home, tmp_path / "elsewhere.safetensors")
     moved = {key: "../elsewhere.safetensors" if file == home else file for key, file in values["weight_map"].items()}
     index.write_text(json.dumps(values | {"weight_map": moved}))
-    with pytest.raises(ValueError, match=r"must name files in .*, got '\.\./elsewhere.safetensors'"):
+    with pytest.raises(ValueError, match=r"must name files in .*, got '.*\.\./elsewhere.safetensors'"):
         load(folder, variant)
 
 
