@@ -1,4 +1,4 @@
-"""The command line: `sdprune demo | prune | evaluate | export | benchmark`."""
+"""The command line: `sdprune demo | prune | evaluate | export | inspect | benchmark`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from sdprune.commands import benchmark, demo, evaluate, export, prune
+from sdprune.commands import benchmark, demo, evaluate, export, inspect, prune
 from sdprune.recipe import RECIPE_NAME
 
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -26,8 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options))
     except KeyboardInterrupt as error:
         checkpoint = getattr(error, "checkpoint", None)
-        if checkpoint is not None and (checkpoint.parent / RECIPE_NAME).exists():
-            _complain(f"{error}\nGo on with: sdprune prune --resume {checkpoint.parent}")
+        # of a run, or of one of its stages
+        run = (
+            next((path for path in checkpoint.parents[:2] if (path / RECIPE_NAME).exists()), None)
+            if checkpoint
+            else None
+        )
+        if run is not None:
+            _complain(f"{error}\nGo on with: sdprune prune --resume {run}")
         else:
             _complain("interrupted")
         return INTERRUPTED
@@ -69,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, prune, evaluate, export, benchmark):
+    for command in (demo, prune, evaluate, export, inspect, benchmark):
         command.add(commands)
     return parser
 

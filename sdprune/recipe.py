@@ -1,11 +1,13 @@
 """A whole run: the model, its data, its training and its pruning, to and from YAML.
 
-A recipe file is flat: its keys are the field names of `Recipe`, `DataConfig`, `TrainingConfig` and
-`SDPruneConfig`, which do not overlap. The command line takes the same names as options.
+A recipe file is flat: its keys are the field names of `Recipe`, `DataConfig`, `TrainingConfig`, `SDPruneConfig` and
+`StagesConfig`, which do not overlap. The command line takes the same names as options. The recipes of the package
+stand in `sdprune/recipes` and go by their names.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +19,9 @@ from sdprune.config_base import CheckedConfig, unknown_key_message
 from sdprune.files import write_text
 
 RECIPE_NAME = "recipe.yaml"
+RECIPES = Path(__file__).parent / "recipes"
+PIPELINES = ("prune", "prune_then_distill", "pqk", "prune_quantize_distill")
+INITIALIZATIONS = ("random", "largest")
 LR_SCHEDULERS = ("linear", "cosine", "constant_with_warmup", "cosine_with_restarts")
 
 
@@ -128,6 +133,37 @@ class TrainingConfig(CheckedConfig):
 
 
 @dataclass(frozen=True)
+class StagesConfig(CheckedConfig):
+    """Which trainings follow each other, and what the later ones do.
+
+    Args:
+        pipeline: "prune" (one training, the others below are not used), "prune_then_distill", "pqk" or
+            "prune_quantize_distill". In the last three the distillation plays no part in the pruning itself.
+        retraining_steps: optimizer steps of each training after the pruning; None: as many as the pruning.
+        retraining_learning_rate: their peak learning rate; None: that of the pruning.
+        student_width_multiple: the feed-forward width of the student of "prune_then_distill" is a multiple of this.
+        student_initialization: "random", or from the "largest" rows of the pruned teacher.
+    """
+
+    pipeline: str = "prune"
+    retraining_steps: int | None = None
+    retraining_learning_rate: float | None = None
+    student_width_multiple: int = 64
+    student_initialization: str = "random"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_choice("pipeline", PIPELINES)
+        self._check_choice("student_initialization", INITIALIZATIONS)
+        self._check_at_least("student_width_multiple", 1)
+        if self.retraining_steps is not None:
+            self._check_at_least("retraining_steps", 1)
+        rate = self.retraining_learning_rate
+        if rate is not None and not (math.isfinite(rate) and rate > 0.0):
+            raise ValueError(f"retraining_learning_rate must be a finite number > 0, got {rate!r}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run: a model, its data, its training and its pruning. Files and options hold it flat.
 
@@ -136,17 +172,24 @@ class Recipe:
         data: the labelled text.
         training: the optimisation.
         pruning: the pruning and the distillation.
+        stages: which trainings follow each other.
     """
 
     model: str
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     pruning: SDPruneConfig = field(default_factory=SDPruneConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from flat keys; raises ValueError for a key that belongs to no part, naming the nearest one."""
-        parts: dict[str, type[Any]] = {"data": DataConfig, "training": TrainingConfig, "pruning": SDPruneConfig}
+        parts: dict[str, type[Any]] = {
+            "data": DataConfig,
+            "training": TrainingConfig,
+            "pruning": SDPruneConfig,
+            "stages": StagesConfig,
+        }
         owner = {name: part for part, kind in parts.items() for name in kind.field_names()}
         grouped: dict[str, dict[str, Any]] = {part: {} for part in parts}
         for key, value in values.items():
@@ -160,7 +203,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the flat keys."""
-        parts = (self.data, self.training, self.pruning)
+        parts = (self.data, self.training, self.pruning, self.stages)
         return {
             "model": self.model,
             **{key: value for part in parts for key, value in part.to_dict().items()},
@@ -181,8 +224,29 @@ class Recipe:
             raise ValueError(f"recipe {path} must hold `key: value` lines, got {type(values).__name__}")
         return values
 
+    @staticmethod
+    def find(name: str | Path) -> Path:
+        """Return the file of a recipe: a path, or the name of one in the package such as "sdp-cc".
+
+        Raises:
+            ValueError: neither; the names are listed, the nearest one first.
+        """
+        if Path(name).is_file() or Path(name).suffix.lower() in (".yaml", ".yml", ".json"):
+            return Path(name)
+        names = recipe_names()
+        if name in names:
+            return RECIPES / f"{name}.yaml"
+        near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"recipe {str(name)!r} is neither a file nor a name{hint} Recipes: {', '.join(names)}")
+
     def save(self, path: str | Path) -> None:
         """Write the flat keys as YAML."""
         import yaml
 
         write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Return the names of the recipes in the package."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))

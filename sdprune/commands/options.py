@@ -9,13 +9,21 @@ import typing
 from typing import Any
 
 from sdprune.config import SDPruneConfig
-from sdprune.recipe import DataConfig, TrainingConfig
+from sdprune.recipe import DataConfig, StagesConfig, TrainingConfig
 
 ABSENT: Any = object()
 
 
-def recipe_names() -> tuple[str, ...]:
-    return (*DataConfig.field_names(), *TrainingConfig.field_names(), *SDPruneConfig.field_names())
+PARTS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "pruning": SDPruneConfig,
+    "pipeline": StagesConfig,
+}
+
+
+def option_names() -> tuple[str, ...]:
+    return tuple(name for kind in PARTS.values() for name in kind.field_names())
 
 
 def add_fields(parser: Any, kind: Any) -> None:

@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sdprune.commands.options import ABSENT, add_fields, recipe_names
+from sdprune.commands.options import ABSENT, PARTS, add_fields, option_names
 from sdprune.commands.table import print_table
-from sdprune.config import SDPruneConfig
-from sdprune.recipe import RECIPE_NAME, DataConfig, Recipe, TrainingConfig
+from sdprune.recipe import RECIPE_NAME, Recipe, recipe_names
 
 
 def add(commands: Any) -> None:
@@ -17,13 +16,13 @@ def add(commands: Any) -> None:
         "prune",
         help="prune a model by a recipe",
         description="Prune a model. A recipe file holds `key: value` lines with the names of the options below "
-        "(underscores for hyphens); options override it.",
+        f"(underscores for hyphens); options override it. Recipes of the package: {', '.join(recipe_names())}.",
     )
-    parser.add_argument("--recipe", type=Path, help="YAML or JSON file")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of the package, or a YAML or JSON file")
     parser.add_argument("--resume", type=Path, metavar="OUTPUT", help="go on with the interrupted run in this folder")
     parser.add_argument("--output", type=Path, help="a new folder for everything that comes of the run")
     parser.add_argument("--model", help="folder or hub id of a fine-tuned classifier; bundled-minilm: a small encoder")
-    for title, kind in (("data", DataConfig), ("training", TrainingConfig), ("pruning", SDPruneConfig)):
+    for title, kind in PARTS.items():
         add_fields(parser.add_argument_group(title), kind)
     parser.set_defaults(command=run)
 
@@ -31,7 +30,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from sdprune.pipelines.run import run as run_recipe
 
-    given = {name: value for name, value in vars(options).items() if name in recipe_names() and value is not ABSENT}
+    given = {name: value for name, value in vars(options).items() if name in option_names() and value is not ABSENT}
     if options.model is not None:
         given["model"] = options.model
     if options.resume is not None:
@@ -44,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         if options.output is None:
             raise ValueError("--output is missing: name a new folder for the run")
         values, output = (
-            (Recipe.read_values(options.recipe) if options.recipe else {}) | given,
+            (Recipe.read_values(Recipe.find(options.recipe)) if options.recipe else {}) | given,
             options.output,
         )
         if "model" not in values:

@@ -56,8 +56,12 @@ class Snapshot:
 
 @torch.inference_mode()
 def take_snapshot(model: Any, config: SDPruneConfig, folder: Path, workbench: Workbench) -> Snapshot:
-    """Export a model, masked or dense, that may be in the middle of its training; it stays as it is."""
-    export(model, folder, config=config, processing_class=workbench.classifier.tokenizer)
+    """Export a model, masked or dense, that may be in the middle of its training; it stays as it is.
+
+    A folder that exists is taken for that model's export.
+    """
+    if not folder.exists():
+        export(model, folder, config=config, processing_class=workbench.classifier.tokenizer)
     # A model under training may run in autocast; its dense copy runs in fp32, as a user would load it.
     dense = type(model)(copy.deepcopy(model.config))
     dense.load_state_dict(dense_state_dict(model))

@@ -48,7 +48,9 @@ def predict(
     """
     device = best_device()
     was_training = model.training
-    model.to(device).eval()
+    if next(model.parameters()).device != device:  # int8 weights cannot be moved, not even to where they are
+        model.to(device)
+    model.eval()
     order = [index for _, index in sorted(zip(examples.lengths, range(len(examples)), strict=True))]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     logits: dict[int, NDArray[np.float32]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from transformers import SchedulerType, TrainerCallback, TrainingArguments, set_
 from sdprune.config import SDPruneConfig
 from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.select import select_linears
-from sdprune.pipelines.stages import Stages
-from sdprune.pipelines.student import INITIALIZATIONS, anatomy, make_student, student_config
+from sdprune.pipelines.stages import Stages, without_pruning, without_teacher
+from sdprune.pipelines.student import anatomy, make_student, student_config
+from sdprune.recipe import INITIALIZATIONS
 
 STEPS = 4
 PRUNE_THEN_DISTILL = SDPruneConfig(
@@ -25,10 +26,11 @@ PRUNE_THEN_DISTILL = SDPruneConfig(
     pruning_steps=STEPS,
     end_ratio=1.0 - 1.0 / STEPS,
     distillation="kl",
-    distillation_weight=19.0,
+    task_weight=0.05,
+    distillation_weight=0.95,
     temperature=10.0,
 )
-"""A fifth of the remaining weights in each of four steps; then 0.05 of the task loss and 0.95 of KL, up to a factor."""
+"""A fifth of the remaining weights in each of four steps; then 0.05 of the task loss and 0.95 of KL."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,13 @@ def prune_then_distill(
 
     Park and No 2021 (https://arxiv.org/abs/2109.14960): the teacher is pruned by global magnitude, with the
     learning rate restarted after every step; the student starts from random weights and learns
-    (1 - alpha) * task + alpha * temperature**2 * KL with alpha 0.95 and temperature 10. Here that is
-    task + alpha / (1 - alpha) * KL, the same up to a factor to which Adam is blind; scale `max_grad_norm` with it.
-    How widths follow densities in a Transformer is a reconstruction: see `student_config`.
+    (1 - alpha) * task + alpha * temperature**2 * KL with alpha 0.95 and temperature 10. How widths follow densities
+    in a Transformer is a reconstruction: see `student_config`.
 
     Args:
         model: a fine-tuned transformers encoder; pruned in place, it becomes the teacher.
-        config: how the teacher is pruned; the distillation fields say how the student learns, and play no part in
-            the pruning.
+        config: how the teacher is pruned; the distillation fields and `task_weight` say how the student learns, and
+            play no part in the pruning.
         train_dataset: as of `transformers.Trainer`.
         eval_dataset: as of `transformers.Trainer`.
         args: as of `transformers.Trainer`, for the pruning; None: three epochs into `sdprune_output`, with the
@@ -121,8 +122,7 @@ def prune_then_distill(
         "compute_metrics": compute_metrics,
         "callbacks": list(callbacks or ()),
     }
-    pruning = replace(config, distillation=None)
-    taught = stages.run("teacher", model, pruning, train_dataset, eval_dataset, args=args, **options)
+    taught = stages.run("teacher", model, without_teacher(config), train_dataset, eval_dataset, args=args, **options)
     teacher: Any = taught.model
     set_seed(config.seed)  # the student's first weights, the same after an interruption
     shape = student_config(teacher, parts, width_multiple=width_multiple)
@@ -130,7 +130,7 @@ def prune_then_distill(
     learned = stages.run(
         "student",
         student,
-        replace(config, target_sparsity=0.0),
+        without_pruning(config),
         train_dataset,
         eval_dataset,
         args=student_args or _without_restarts(args),

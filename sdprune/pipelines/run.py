@@ -1,6 +1,7 @@
 """`sdprune prune`: one recipe, from a fine-tuned model to a folder with everything that came of it.
 
-recipe.yaml  sdprune_config.json  metrics.jsonl  checkpoint-N/     while it runs
+recipe.yaml  sdprune_config.json  metrics.jsonl  checkpoint-N/     while it runs; in a sub-folder for each of several
+                                                                   trainings (`sdprune/pipelines/stages.py`)
 model/  metrics.json  report.html  *.png                           when it is done
 """
 
@@ -21,7 +22,9 @@ from sdprune.files import write_text
 from sdprune.masking.pruner import Sparsity
 from sdprune.masking.schedule import pruning_moments
 from sdprune.pipelines.assess import assess, method_name, take_snapshot
+from sdprune.pipelines.outcomes import carry_out
 from sdprune.pipelines.self_distilled import PruneResult, prune
+from sdprune.pipelines.stages import SETTINGS_NAME
 from sdprune.pipelines.workbench import Workbench, load_workbench
 from sdprune.recipe import RECIPE_NAME, Recipe, TrainingConfig
 from sdprune.training.arguments import bf16_pays, training_arguments
@@ -59,7 +62,8 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
         raise ValueError(f"the run in {str(output)!r} is finished; its scores are in {SCORES_NAME}")
     if not resume:
         check_free(output)
-    resume = resume and (output / CONFIG_NAME).exists()  # killed before its first step: it begins again
+    # killed before its first step: it begins again
+    resume = resume and ((output / CONFIG_NAME).exists() or (output / SETTINGS_NAME).exists())
     set_seed(recipe.pruning.seed)  # a head that the model lacks is made at random
     workbench = load_workbench(recipe.model, recipe.data, cache, recipe.training.per_device_eval_batch_size)
     config, classifier = recipe.pruning, workbench.classifier
@@ -71,15 +75,29 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
     # what was measured once holds for the whole run, also after an interruption
     recipe = replace(recipe, training=settled(recipe.training))
     dense_scores = workbench.score(workbench.predict_test(classifier.model, "testing the dense model"))
-    result = prune_on(workbench, recipe, output, callbacks=[_SaveRecipe(recipe, output / RECIPE_NAME)], resume=resume)
-    shutil.rmtree(output / "model", ignore_errors=True)  # of a run that was interrupted after its training
-    snapshot = take_snapshot(result.model, config, output / "model", workbench)
-    (assessment,) = assess([snapshot], workbench.renewed().classifier.model, workbench)
-    metrics = {"dense": dense_scores, "baselines": {}, "runs": [assessment.row]}
+    callbacks = [_SaveRecipe(recipe, output / RECIPE_NAME)]
+    outcomes = carry_out(workbench, recipe, output, callbacks, resume=resume)
+    dense = workbench.renewed().classifier.model
+    rows, records = [], []
+    for outcome in outcomes:
+        folder = output / "model" if outcome is outcomes[-1] else outcome.folder / "model"
+        if outcome is outcomes[-1]:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted after its training
+        snapshot = take_snapshot(outcome.model, outcome.config, folder, workbench)
+        (assessment,) = assess([snapshot], dense, workbench)
+        name = outcome.name or method_name(config)
+        rows.append(assessment.row | {"method": name} | _int8_scores(outcome.int8, workbench))
+        records.append(read_record(name, outcome.folder, outcome.config, snapshot.sparsity))
+    metrics = {"dense": dense_scores, "baselines": {}, "runs": rows}
     write_text(output / SCORES_NAME, json.dumps(metrics, indent=2) + "\n")
-    record = read_record(method_name(config), output, config, snapshot.sparsity)
-    write_report(output, metrics, [record], title=f"{recipe.model} pruned on {workbench.task.name}")
+    write_report(output, metrics, records, title=f"{recipe.model} pruned on {workbench.task.name}")
     return metrics
+
+
+def _int8_scores(model: Any, workbench: Workbench) -> dict[str, Any]:
+    if model is None:
+        return {}
+    return {"int8": workbench.score(workbench.predict_test(model, "testing int8"))}
 
 
 def settled(training: TrainingConfig) -> TrainingConfig:
@@ -111,7 +129,7 @@ def prune_on(
 
 def check_free(output: Path) -> None:
     """Raise ValueError if `output` holds anything."""
-    if (output / CONFIG_NAME).exists():
+    if (output / CONFIG_NAME).exists() or (output / SETTINGS_NAME).exists():
         raise ValueError(
             f"output {str(output)!r} already holds a run; name another folder, or go on with it: "
             f"sdprune prune --resume {output}"

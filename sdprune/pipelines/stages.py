@@ -11,7 +11,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,18 @@ class StageResult:
     model: nn.Module
     metrics: dict[str, float]
     directory: Path
+
+
+def without_teacher(config: SDPruneConfig) -> SDPruneConfig:
+    """Return the configuration of a stage that prunes by the task alone."""
+    return replace(config, distillation=None, task_weight=1.0, gradient_ratio=None, teacher_cache=None)
+
+
+def without_pruning(config: SDPruneConfig) -> SDPruneConfig:
+    """Return the configuration of a stage that only trains."""
+    return replace(
+        config, target_sparsity=0.0, structure="unstructured", criterion="magnitude", scope="layer", lr_restarts=False
+    )
 
 
 class Stages:

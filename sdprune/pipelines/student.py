@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-INITIALIZATIONS = ("random", "largest")
+from sdprune.recipe import INITIALIZATIONS
+
 HEAD_SIZE_MULTIPLE = 8
 _HEAD_SIZE_NAMES = ("head_dim", "d_kv")
 

@@ -66,6 +66,11 @@ class Workbench:
         return predict(model, self.test, tokenizer, batch_size=size, bf16=bf16, description=description)
 
     @property
+    def collator(self) -> Any:
+        """What makes a training batch of rows; None: the Trainer's own choice for the tokenizer."""
+        return None
+
+    @property
     def probe(self) -> dict[str, Tensor]:
         """One batch of test rows, to time models and to compare their logits to the bit."""
         rows = [self.test[index] for index in range(min(PROBE_ROWS, len(self.test)))]

@@ -11,7 +11,13 @@ from sdprune.config import SDPruneConfig
 from sdprune.pipelines.prune_then_distill import PRUNE_THEN_DISTILL, prune_then_distill
 
 CONFIG = SDPruneConfig(
-    target_sparsity=0.5, scope="global", pruning_steps=2, distillation="kl", distillation_weight=19.0, temperature=10.0
+    target_sparsity=0.5,
+    scope="global",
+    pruning_steps=2,
+    distillation="kl",
+    task_weight=0.05,
+    distillation_weight=0.95,
+    temperature=10.0,
 )
 
 
@@ -34,8 +40,8 @@ def call(model_factory, dataset_factory, tokenizer, arguments, tmp_path):
 
 def test_the_defaults_are_those_of_the_paper():
     assert PRUNE_THEN_DISTILL.target_sparsity == pytest.approx(0.5904)
-    alpha = PRUNE_THEN_DISTILL.distillation_weight / (1 + PRUNE_THEN_DISTILL.distillation_weight)
-    assert (alpha, PRUNE_THEN_DISTILL.temperature) == (pytest.approx(0.95), 10.0)
+    assert (PRUNE_THEN_DISTILL.task_weight, PRUNE_THEN_DISTILL.distillation_weight) == (0.05, 0.95)
+    assert PRUNE_THEN_DISTILL.temperature == 10.0
     assert sdprune.prune_then_distill is prune_then_distill
 
 
