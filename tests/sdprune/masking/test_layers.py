@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from sdp_kernels import BitMask
 from sdprune import MaskedLinear, SDPruneConfig
+from sdprune.masking.layers import MaskedConv1D
 from sdprune.masking.pruner import mask_model, prune_step
 from sdprune.masking.swap import masked_layers, unswap
 
@@ -95,3 +96,77 @@ def test_double_pruning_never_revives(model):
     prune_step(model, config, 0.6)
     for name, layer in masked_layers(model).items():
         assert not bool((layer.bit_mask.to_bool() & ~first[name]).any())
+
+
+@pytest.mark.parametrize("density", [0.25, 0.6])
+@pytest.mark.parametrize("keep_pruned_values", [False, True])
+def test_blocks_give_the_results_of_the_zeroed_dense_layer(density, keep_pruned_values):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96)
+    layer = MaskedLinear.from_dense(copy.deepcopy(linear), block_shape=(16, 16), keep_pruned_values=keep_pruned_values)
+    blocks = torch.arange(24).reshape(6, 4) * 7 % 24 < 24 * density
+    layer.set_mask(BitMask.from_blocks(blocks, (16, 16), (96, 64)))
+    rows = torch.randn(7, 64, requires_grad=True)
+    assert layer._walks_blocks(rows) == (density == 0.25)
+    mask = layer.bit_mask.to_bool()
+    own_rows = rows.detach().clone().requires_grad_()
+    weight = linear.weight.detach().masked_fill(~mask, 0.0).requires_grad_()
+    expected = functional.linear(rows, weight, linear.bias)
+    found = layer(own_rows)
+    torch.testing.assert_close(found, expected)
+    scale = torch.randn_like(expected)
+    expected.mul(scale).sum().backward()
+    found.mul(scale).sum().backward()
+    torch.testing.assert_close(own_rows.grad, rows.grad)
+    torch.testing.assert_close(layer.weight.grad, weight.grad.masked_fill(~mask, 0.0))
+    assert bool((layer.weight.grad[~mask] == 0).all())
+    if not keep_pruned_values:
+        assert bool((layer.weight[~mask] == 0).all())
+
+
+def test_lists_of_blocks_follow_a_loaded_mask_and_change_in_place():
+    layer, other = (MaskedLinear(64, 64, block_shape=(16, 32)) for _ in range(2))
+    places = [getattr(other, name).data_ptr() for name in ("mask", "crow_indices", "col_indices")]
+    layer.set_mask(BitMask.from_blocks(torch.eye(4, 2, dtype=torch.bool), (16, 32), (64, 64)))
+    assert set(layer.state_dict()) == {"weight", "bias", "mask"}
+    other.load_state_dict(layer.state_dict())
+    assert other.bit_mask.lists.crow_indices.tolist() == [0, 1, 2, 2, 2]
+    assert other._walks_blocks(torch.ones(1, 64))
+    assert [getattr(other, name).data_ptr() for name in ("mask", "crow_indices", "col_indices")] == places
+    rows = torch.randn(3, 64)
+    torch.testing.assert_close(other(rows), layer(rows))
+
+
+def test_autocast_and_half_precision_stay_dense_on_a_cpu():
+    layer = MaskedLinear(64, 64, block_shape=(32, 32))
+    layer.set_mask(BitMask.from_blocks(torch.tensor([[True, False], [False, False]]), (32, 32), (64, 64)))
+    assert layer._walks_blocks(torch.ones(1, 64))
+    assert not layer._walks_blocks(torch.ones(1, 64, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not layer._walks_blocks(torch.ones(1, 64))
+        assert layer(torch.ones(1, 64)).dtype is torch.bfloat16
+
+
+def test_scores_travel_with_the_state():
+    layer, other = MaskedLinear(8, 4), MaskedLinear(8, 4)
+    layer.gather_scores()
+    layer.score += torch.randn(4, 8)
+    layer.score_steps += 3
+    other.gather_scores()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.score, layer.score)
+    assert int(other.score_steps) == 3
+    assert copy.deepcopy(layer).score is not None
+
+
+def test_a_conv1d_by_hand():
+    torch.manual_seed(0)
+    layer = MaskedConv1D(6, 4)
+    assert layer.weight.shape == (6, 4)
+    mask = torch.rand(4, 6) > 0.5
+    layer.set_mask(BitMask.from_bool(mask))
+    assert torch.equal(layer.weight != 0, mask.T)
+    rows = torch.randn(3, 6)
+    torch.testing.assert_close(layer(rows), rows @ layer.weight + layer.bias)
+    layer(rows).square().sum().backward()
+    assert torch.equal(layer.weight.grad != 0, mask.T)

@@ -5,7 +5,13 @@ from itertools import pairwise
 import pytest
 
 from sdprune import SDPruneConfig
-from sdprune.masking.schedule import pruning_moments, sparsity_before, sparsity_levels
+from sdprune.masking.schedule import (
+    check_gradients_come_first,
+    lr_factor,
+    pruning_moments,
+    sparsity_before,
+    sparsity_levels,
+)
 
 
 @pytest.mark.parametrize("schedule", ["uniform", "geometric", "cubic"])
@@ -64,3 +70,24 @@ def test_sparsity_before_counts_finished_moments():
     assert [sparsity_before(config, 16, step) for step in (0, 1, 4, 5, 12, 13, 16)] == pytest.approx(
         [0.0, 0.2, 0.2, 0.4, 0.6, 0.8, 0.8]
     )
+
+
+def test_the_learning_rate_restarts_after_each_pruning_step():
+    config = SDPruneConfig(pruning_steps=3, start_ratio=0.2, end_ratio=0.6)
+    assert pruning_moments(config, 50) == (10, 20, 30)
+    factors = [lr_factor(config, 50, step) for step in range(51)]
+    assert all(factors[step] == 1.0 for step in (0, 10, 20, 30))
+    assert factors[5] == pytest.approx(0.55)
+    assert factors[19] == pytest.approx(1 - 0.9 * 0.9)
+    assert factors[40] == pytest.approx(0.55)  # the last cycle lasts to the end
+    assert factors[50] == pytest.approx(0.1)
+    falling = [after < before for before, after in pairwise(factors)]
+    assert [step + 1 for step, falls in enumerate(falling) if not falls] == [10, 20, 30]
+
+
+def test_gradients_come_before_the_first_pruning_step():
+    config = SDPruneConfig(criterion="movement")
+    with pytest.raises(ValueError, match=r"criterion='movement' ranks by gradients.*start_ratio to at least 0\.01"):
+        check_gradients_come_first(config, 100)
+    check_gradients_come_first(SDPruneConfig(criterion="movement", start_ratio=0.01), 100)
+    check_gradients_come_first(SDPruneConfig(), 100)

@@ -5,9 +5,9 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from sdprune import SDPruneCallback, SDPruneConfig
-from sdprune.masking.pruner import measure_sparsity
+from sdprune.masking.pruner import masked_fraction, measure_sparsity
 from sdprune.masking.schedule import sparsity_before
-from sdprune.masking.swap import masked_layers
+from sdprune.masking.swap import masked_layers, unswap
 
 CONFIG = SDPruneConfig(target_sparsity=0.8, pruning_steps=3, end_ratio=0.5, distillation=None)
 
@@ -94,3 +94,93 @@ def test_masks_of_another_configuration_are_refused(model_factory, dataset_facto
     trainer = make_trainer(model_factory(), args, dataset, tokenizer, config=other)
     with pytest.raises(ValueError, match=r"the masks have sparsity 0\.658\d where this configuration has 0\.2116"):
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def gradient_config(**changes):
+    values = {"target_sparsity": 0.6, "pruning_steps": 3, "start_ratio": 0.25, "end_ratio": 0.75, "distillation": None}
+    return SDPruneConfig(**(values | changes))
+
+
+CRITERIA_RUNS = [
+    {"criterion": "taylor"},
+    {"criterion": "movement", "structure": "block", "block_shape": (16, 8), "target_sparsity": 0.5},
+    {"criterion": "soft_movement", "structure": "hybrid", "block_shape": (16, 8), "target_sparsity": 0.5},
+    {"criterion": "l0", "scope": "global", "min_layer_density": 0.1},
+    {"criterion": "gradient", "structure": "head", "target_sparsity": 0.5, "pruning_steps": 1},
+]
+
+
+@pytest.mark.parametrize("changes", CRITERIA_RUNS, ids=str)
+def test_criteria_that_need_gradients_reach_the_target_and_resume_exactly(
+    model_factory, dataset_factory, tokenizer, arguments, tmp_path, changes
+):
+    config, dataset = gradient_config(**changes), dataset_factory(64)
+    args = arguments(save_strategy="steps", save_steps=3, gradient_accumulation_steps=2)
+    whole = make_trainer(model_factory(), args, dataset, tokenizer, config=config)
+    whole.train()
+    for checkpoint in ("checkpoint-3", "checkpoint-6"):
+        resumed = make_trainer(model_factory(seed=9), args, dataset, tokenizer, config=config)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / checkpoint))
+        state = resumed.model.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
+    layers = masked_layers(unswap(whole.model)) or masked_layers(resumed.model)
+    assert masked_fraction(resumed.model) == pytest.approx(config.target_sparsity, abs=1e-3)
+    assert not any(layer.gathering for layer in layers.values())
+    assert measure_sparsity(whole.model, list(layers)).linear == pytest.approx(config.target_sparsity, abs=1e-3)
+
+
+def test_scores_do_not_depend_on_the_clipping(model_factory, dataset_factory, tokenizer, arguments):
+    scores = []
+    config = gradient_config(criterion="gradient", pruning_steps=1)
+    for limit in (1e-6, 1e6):
+
+        class Watch(TrainerCallback):
+            def on_optimizer_step(self, args, state, control, **kwargs):
+                if state.global_step == 0:
+                    layer = next(iter(masked_layers(kwargs["model"]).values()))
+                    scores.append(layer.score.clone())
+
+        args = arguments(max_grad_norm=limit, max_steps=4, learning_rate=0.0)
+        make_trainer(model_factory(), args, dataset_factory(64), tokenizer, Watch(), config=config).train()
+    assert float(scores[0].abs().max()) > 0
+    torch.testing.assert_close(scores[0], scores[1])
+
+
+def test_epsd_ranks_the_untouched_network(model_factory, dataset_factory, tokenizer, arguments):
+    config = gradient_config(criterion="epsd", schedule="one_shot", pruning_steps=1)
+    model = model_factory()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(all(torch.equal(value, before[name]) for name, value in kwargs["model"].named_parameters()))
+
+    args = arguments(optim="adamw_torch", weight_decay=0.1)
+    make_trainer(model, args, dataset_factory(64), tokenizer, Watch(), config=config).train()
+    assert seen == [True, True] + [False] * 6
+    assert masked_fraction(model) == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_pruning_step_before_any_gradient_is_refused(model_factory, dataset_factory, tokenizer, arguments):
+    config = gradient_config(criterion="movement", start_ratio=0.0)
+    trainer = make_trainer(model_factory(), arguments(), dataset_factory(64), tokenizer, config=config)
+    with pytest.raises(ValueError, match=r"ranks by gradients, .* set start_ratio to at least 0\.125, got 0\.0"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("structure", ["neuron", "n:m", "hybrid"])
+def test_the_target_is_reached_where_training_ends_early(
+    model_factory, dataset_factory, tokenizer, arguments, structure
+):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    changes = {"structure": structure, "block_shape": (8, 8), "target_sparsity": 0.75, "n": 1, "m": 4}
+    model = model_factory()
+    config = gradient_config(criterion="movement", **changes)
+    make_trainer(model, arguments(), dataset_factory(64), tokenizer, Stop(), config=config).train()
+    assert masked_fraction(model) == pytest.approx(0.75, abs=1e-3)
+    names = list(masked_layers(model))
+    assert measure_sparsity(unswap(model), names).linear == pytest.approx(0.75, abs=1e-3)
