@@ -24,6 +24,9 @@ class BlockSparseLinear(nn.Module):
     kept values and the bias. To step through plain PyTorch when something looks wrong, call the model inside
     `with sdp_kernels.use_backend("reference"):`; nothing has to be converted back for it.
 
+    Where so many blocks are kept that a dense product of the same tokens is estimated to be faster, a call makes the
+    dense weight, multiplies with it and throws it away (sdp_kernels/block_sparse_linear/break_even.py).
+
     The state dict holds three plain tensors and the bias. A layer that is built from its sizes loads it with
     `strict=True`; indices that do not fit are refused before anything is copied.
 
