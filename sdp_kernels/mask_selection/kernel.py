@@ -92,7 +92,8 @@ def keep_highest(
         if decided < digits:
             _digit_kernel[(len(groups),)](state, counts, DIGIT=decided, BITS=BITS)
     for number, group in enumerate(groups):
-        _drop_ties(*([each[index] for index in group] for each in (units, packed, ties)), state[number], digits)
+        own_units, own_words, own_ties = ([each[index] for index in group] for each in (units, packed, ties))
+        _drop_ties(own_units, own_words, own_ties, state[number], digits)
     return packed, (nans != 0).tolist()
 
 

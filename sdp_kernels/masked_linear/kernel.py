@@ -5,7 +5,8 @@
   the list of its kept blocks. The next block is loaded one step ahead, because loads that wait for an index are
   not pipelined. Lists have room for all blocks, and how many are kept is only read on the device: a new mask needs
   neither a new compilation nor a new CUDA graph.
-* The gradient of the weight, by blocks: only the kept ones, or all of them, with the sum of gradient * weight.
+
+Both can also sum over the columns of what they compute, and of a teacher's features, while a tile is in registers.
 
 Inputs in half precision are multiplied in it, with float32 accumulation.
 """
@@ -13,24 +14,40 @@ Inputs in half precision are multiplied in it, with float32 accumulation.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdp_kernels.block_sparse_linear.launch import choose_launch, values_step, values_warps
+from sdp_kernels.block_sparse_linear.launch import choose_launch
+from sdp_kernels.cross_correlation.kernel_tiles import load_rows, tile_statistics
 from sdp_kernels.dispatch import float32_precision, on_its_device
-from sdp_kernels.masked_linear import kernel_zero
+from sdp_kernels.masked_linear import kernel_gradient, kernel_zero
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
+from sdp_kernels.masked_linear.kernel_gradient import BLOCK_SHAPES, DTYPES
 from sdp_kernels.spec import KernelConfig
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+class Teacher(NamedTuple):
+    """Features to compare the output of a product with, column by column."""
+
+    features: Tensor  # (tokens, features), any float dtype
+    sample_weight: Tensor | None  # (tokens,) float32
+    center: bool
 
 
 @on_its_device
-def masked_product(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+def masked_product(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    teacher: Teacher | None = None,
+) -> tuple[Tensor, Tensor]:
     """The input times the transposed masked weight, plus the bias; or times the masked weight itself.
 
     Args:
@@ -39,19 +56,27 @@ def masked_product(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | N
         mask: (out, in) bool, or the int32 words of a `BitMask`.
         bias: one for each feature of the result, or None.
         transposed: multiply with the weight as it is stored, for the gradient of the input.
+        teacher: with what to compare, or None.
+
+    Returns:
+        The output, and (tiles of tokens, 5, features) float32, which is empty without a teacher: the weight of the
+        tile's rows, and mean and squares about it of the output's columns and of the teacher's.
     """
     tokens = input.shape[0]
     features = weight.shape[1 if transposed else 0]
     output = input.new_empty(tokens, features)
     if output.numel() == 0:
-        return output
+        return output, output.new_empty(0)
     block_tokens, block_features, step, stages = _masked_launch(tokens, input.dtype)
+    statistics, sources, flags = _epilogue(output, teacher, block_tokens)
     _masked_kernel[(triton.cdiv(features, block_features), triton.cdiv(tokens, block_tokens))](
         input.contiguous(),
         weight.contiguous(),
         mask.contiguous(),
         input if bias is None else bias.contiguous(),
         output,
+        *sources,
+        statistics,
         tokens,
         weight.shape[0],
         weight.shape[1],
@@ -62,10 +87,11 @@ def masked_product(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | N
         FEATURES=block_features,
         STEP=step,
         PRECISION=float32_precision(),
+        **flags,
         num_warps=4,
         num_stages=stages,
     )
-    return output
+    return output, statistics
 
 
 def _masked_launch(tokens: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -82,15 +108,17 @@ def blocks_product(
     lists: ActiveBlocks,
     block_shape: tuple[int, int],
     transposed: bool,
-) -> Tensor:
+    teacher: Teacher | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `masked_product`, by the lists of the kept blocks."""
     tokens = input.shape[0]
     features = weight.shape[1 if transposed else 0]
     output = input.new_empty(tokens, features)
     if output.numel() == 0:
-        return output
+        return output, output.new_empty(0)
     height, width = block_shape[::-1] if transposed else block_shape
     block_tokens, warps, stages = _blocks_launch(tokens, height, input.dtype, weight.dtype)
+    statistics, sources, flags = _epilogue(output, teacher, block_tokens)
     _blocks_kernel[(features // height, triton.cdiv(tokens, block_tokens))](
         input.contiguous(),
         weight.contiguous(),
@@ -98,6 +126,8 @@ def blocks_product(
         lists.ccol_indices if transposed else lists.crow_indices,
         lists.row_indices if transposed else lists.col_indices,
         output,
+        *sources,
+        statistics,
         tokens,
         input.shape[1],
         features,
@@ -109,10 +139,11 @@ def blocks_product(
         WIDTH=width,
         STEP=64,
         PRECISION=float32_precision(),
+        **flags,
         num_warps=warps,
         num_stages=stages,
     )
-    return output
+    return output, statistics
 
 
 def _blocks_launch(tokens: int, height: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[int, int, int]:
@@ -122,61 +153,51 @@ def _blocks_launch(tokens: int, height: int, dtype: torch.dtype, weight_dtype: t
     return block_tokens, warps, max(2, min(4, 92 * 1024 // stage))
 
 
-@on_its_device
-def weight_gradient(
-    gradient: Tensor, input: Tensor, weight: Tensor, lists: ActiveBlocks, block_shape: tuple[int, int]
-) -> Tensor:
-    """(out, in), zero in pruned blocks: one program for each block, of which those that are pruned end at once."""
-    result = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    height, width = block_shape
-    rows, columns = weight.shape[0] // height, weight.shape[1] // width
-    _weight_gradient_kernel[(rows * columns,)](
-        gradient.contiguous(),
-        input.contiguous(),
-        lists.crow_indices,
-        lists.col_indices,
-        result,
-        input.shape[0],
-        weight.shape[0],
-        weight.shape[1],
-        HEIGHT=height,
-        WIDTH=width,
-        BLOCK_TOKENS=values_step(input.dtype),
-        PRECISION=float32_precision(),
-        num_warps=values_warps(block_shape),
-        num_stages=2,
-    )
-    return result
+def _epilogue(
+    output: Tensor, teacher: Teacher | None, block_tokens: int
+) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, bool]]:
+    """Where a product stores its sums over the columns, what these are made of, and the kernel's options for them."""
+    flags = {"STATISTICS": teacher is not None, "CENTER": False, "HAS_WEIGHT": False}
+    if teacher is None:
+        return output.new_empty(0), (output, output), flags
+    flags |= {"CENTER": teacher.center, "HAS_WEIGHT": teacher.sample_weight is not None}
+    share = output if teacher.sample_weight is None else teacher.sample_weight
+    tiles = triton.cdiv(output.shape[0], block_tokens)
+    statistics = output.new_empty((tiles, 5, output.shape[1]), dtype=torch.float32)
+    return statistics, (teacher.features.contiguous(), share.contiguous()), flags
 
 
-@on_its_device
-def gated_gradient(
-    gradient: Tensor, input: Tensor, weight: Tensor, mask: Tensor | None, block_shape: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """(out, in), zero where pruned unless `mask` is None, and the sums of the dense gradient * weight over blocks."""
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    height, width = block_shape
-    rows, columns = weight.shape[0] // height, weight.shape[1] // width
-    gate = weight.new_empty((rows, columns), dtype=torch.float32)
-    _gated_gradient_kernel[(rows * columns,)](
-        gradient.contiguous(),
-        input.contiguous(),
-        weight.contiguous(),
-        weight if mask is None else mask.contiguous(),
-        result,
-        gate,
-        input.shape[0],
-        weight.shape[0],
-        weight.shape[1],
-        MASKING="none" if mask is None else "bits" if mask.dtype == torch.int32 else "bool",
-        HEIGHT=height,
-        WIDTH=width,
-        BLOCK_TOKENS=values_step(input.dtype),
-        PRECISION=float32_precision(),
-        num_warps=values_warps(block_shape),
-        num_stages=2,
-    )
-    return result, gate
+@triton.jit
+def _store_output(
+    sums,
+    output,
+    teacher,
+    sample_weight,
+    statistics,
+    token,
+    feature,
+    tokens,
+    features,
+    STATISTICS: tl.constexpr,
+    CENTER: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
+    """Write a tile of the output and, from what its dtype leaves of it, the sums over its columns."""
+    result = sums.to(output.dtype.element_ty)
+    place = output + token.to(tl.int64)[:, None] * features + feature[None, :]
+    inside = feature < features
+    tl.store(place, result, mask=(token < tokens)[:, None] & inside[None, :])
+    if STATISTICS:
+        target, share = load_rows(teacher, sample_weight, token, feature, tokens, features, HAS_WEIGHT)
+        own = tl.where(share > 0, result.to(tl.float32), 0.0)  # rows that are left out may hold NaN
+        total, mean, squares = tile_statistics(own, share, CENTER)
+        _, target_mean, target_squares = tile_statistics(target, share, CENTER)
+        out = statistics + tl.program_id(1).to(tl.int64) * 5 * features + feature
+        tl.store(out, total + tl.zeros_like(mean), mask=inside)
+        tl.store(out + features, mean, mask=inside)
+        tl.store(out + 2 * features, squares, mask=inside)
+        tl.store(out + 3 * features, target_mean, mask=inside)
+        tl.store(out + 4 * features, target_squares, mask=inside)
 
 
 @triton.jit
@@ -202,6 +223,9 @@ def _masked_kernel(
     mask,  # (rows, words of a row) int32 if PACKED, otherwise (rows, columns) bool
     bias,  # one a feature, read if HAS_BIAS
     output,  # (tokens, rows), or (tokens, columns) if TRANSPOSED
+    teacher,  # (tokens, rows), read if STATISTICS
+    sample_weight,  # (tokens,) float32, read if STATISTICS and HAS_WEIGHT
+    statistics,  # (tiles of tokens, 5, rows) float32, written if STATISTICS
     tokens,
     rows,
     columns,
@@ -212,6 +236,9 @@ def _masked_kernel(
     FEATURES: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    CENTER: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
 ):
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -236,9 +263,20 @@ def _masked_kernel(
         sums = tl.dot(x, w, sums, input_precision=PRECISION)
     if HAS_BIAS:
         sums += tl.load(bias + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
-    place = output + token.to(tl.int64)[:, None] * features + feature[None, :]
-    inside = (token < tokens)[:, None] & (feature < features)[None, :]
-    tl.store(place, sums.to(output.dtype.element_ty), mask=inside)
+    _store_output(
+        sums,
+        output,
+        teacher,
+        sample_weight,
+        statistics,
+        token,
+        feature,
+        tokens,
+        features,
+        STATISTICS,
+        CENTER,
+        HAS_WEIGHT,
+    )
 
 
 @triton.jit
@@ -257,6 +295,9 @@ def _blocks_kernel(
     offsets,  # (features / HEIGHT + 1,)
     neighbours,  # (blocks,)
     output,  # (tokens, features)
+    teacher,  # (tokens, features), read if STATISTICS
+    sample_weight,  # (tokens,) float32, read if STATISTICS and HAS_WEIGHT
+    statistics,  # (tiles of tokens, 5, features) float32, written if STATISTICS
     tokens,
     input_stride,
     features,
@@ -268,6 +309,9 @@ def _blocks_kernel(
     WIDTH: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    CENTER: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
 ):
     line = tl.program_id(0)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -293,137 +337,54 @@ def _blocks_kernel(
         sums = tl.dot(x, w.to(x.dtype), sums, input_precision=PRECISION)
     if HAS_BIAS:
         sums += tl.load(bias + feature).to(tl.float32)[None, :]
-    place = output + token.to(tl.int64)[:, None] * features + feature[None, :]
-    tl.store(place, sums.to(output.dtype.element_ty), mask=here)
+    _store_output(
+        sums,
+        output,
+        teacher,
+        sample_weight,
+        statistics,
+        token,
+        feature,
+        tokens,
+        features,
+        STATISTICS,
+        CENTER,
+        HAS_WEIGHT,
+    )
 
 
-@triton.jit
-def _gradient_block(
-    gradient,
-    input,
-    row,
-    column,
-    tokens,
-    rows,
-    columns,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradient of the weights in some rows and columns, as if they were kept."""
-    sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for start in range(0, tokens, BLOCK_TOKENS):
-        token = start + tl.arange(0, BLOCK_TOKENS)
-        inside = token < tokens
-        place = token.to(tl.int64)
-        slope = tl.load(gradient + place[None, :] * rows + row[:, None], mask=inside[None, :], other=0.0)
-        x = tl.load(input + place[:, None] * columns + column[None, :], mask=inside[:, None], other=0.0)
-        sums = tl.dot(slope, x.to(slope.dtype), sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
-def _weight_gradient_kernel(
-    gradient,  # (tokens, rows)
-    input,  # (tokens, columns)
-    offsets,  # (rows / HEIGHT + 1,)
-    neighbours,  # (blocks,)
-    output,  # (rows, columns) zeros
-    tokens,
-    rows,
-    columns,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    line = tl.program_id(0) // (columns // WIDTH)
-    index = tl.load(offsets + line) + tl.program_id(0) % (columns // WIDTH)
-    if index >= tl.load(offsets + line + 1):
-        return
-    row = line * HEIGHT + tl.arange(0, HEIGHT)
-    column = tl.load(neighbours + index) * WIDTH + tl.arange(0, WIDTH)
-    sums = _gradient_block(gradient, input, row, column, tokens, rows, columns, HEIGHT, WIDTH, BLOCK_TOKENS, PRECISION)
-    place = output + row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(place, sums.to(output.dtype.element_ty))
-
-
-@triton.jit
-def _gated_gradient_kernel(
-    gradient,  # (tokens, rows)
-    input,  # (tokens, columns)
-    weight,  # (rows, columns)
-    mask,  # (rows, words of a row) int32, or (rows, columns) bool; read unless MASKING is "none"
-    output,  # (rows, columns)
-    gate,  # (rows / HEIGHT, columns / WIDTH) float32: sums of the dense gradient * weight
-    tokens,
-    rows,
-    columns,
-    MASKING: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    row = tl.program_id(0) // (columns // WIDTH) * HEIGHT + tl.arange(0, HEIGHT)
-    column = tl.program_id(0) % (columns // WIDTH) * WIDTH + tl.arange(0, WIDTH)
-    sums = _gradient_block(gradient, input, row, column, tokens, rows, columns, HEIGHT, WIDTH, BLOCK_TOKENS, PRECISION)
-    offset = row.to(tl.int64)[:, None] * columns + column[None, :]
-    w = tl.load(weight + offset).to(tl.float32)
-    tl.store(gate + tl.program_id(0), tl.sum(sums * w))
-    if MASKING == "bits":
-        word = tl.load(mask + row.to(tl.int64)[:, None] * tl.cdiv(columns, 32) + (column // 32)[None, :])
-        sums = tl.where(((word >> (column % 32)[None, :]) & 1) != 0, sums, 0.0)
-    elif MASKING == "bool":
-        sums = tl.where(tl.load(mask + offset) != 0, sums, 0.0)
-    tl.store(output + offset, sums.to(output.dtype.element_ty))
-
-
-SIDES = (16, 32, 64, 128)
-BLOCK_SHAPES = ((16, 16), (32, 32), (64, 64), (128, 128), (128, 32), (16, 64))
+# The output with its bias, the gradient of the input, and the output with sums over its columns.
+EPILOGUES: tuple[dict[str, Any], ...] = tuple(
+    {
+        "TRANSPOSED": transposed,
+        "HAS_BIAS": not transposed,
+        "PRECISION": "ieee",
+        "STATISTICS": statistics,
+        "CENTER": statistics,
+        "HAS_WEIGHT": statistics,
+    }
+    for transposed, statistics in ((False, False), (True, False), (False, True))
+)
 
 
 def configurations() -> Iterator[KernelConfig]:
     """Every kernel as it is launched, with inputs of each dtype, and a float32 weight under autocast."""
-    sizes = dict.fromkeys(("tokens", "rows", "columns", "input_stride", "features", "blocks"), "i32")
+    others = dict.fromkeys(("tokens", "rows", "columns", "input_stride", "features", "blocks"), "i32")
+    others |= {"offsets": "*i32", "neighbours": "*i32", "sample_weight": "*fp32", "statistics": "*fp32"}
     for name, dtype in DTYPES.items():
         half = dtype != torch.float32
-        lists = {"offsets": "*i32", "neighbours": "*i32", "gate": "*fp32"}
-        floats = dict.fromkeys(("input", "weight", "bias", "output", "gradient"), f"*{name}")
-        types = sizes | lists | floats
-        precision: dict[str, Any] = {"PRECISION": "ieee"}
-        constants: dict[str, Any]
+        types = others | dict.fromkeys(("input", "bias", "output", "teacher"), f"*{name}")
         for weight in {name, "fp32"}:
             typed = types | {"weight": f"*{weight}"}
-            for packed in (True, False):
-                for tokens in (1, 64):
-                    for transposed in (False, True):
-                        block_tokens, features, step, stages = _masked_launch(tokens, dtype)
-                        constants = {"PACKED": packed, "TRANSPOSED": transposed, "HAS_BIAS": not transposed}
-                        constants |= {"BLOCK_TOKENS": block_tokens, "FEATURES": features, "STEP": step}
-                        used = typed | {"mask": "*i32" if packed else "*i1"}
-                        yield KernelConfig(_masked_kernel, used, constants | precision, 4, stages, tensor_cores=half)
-            for block_shape in BLOCK_SHAPES:
-                for tokens in (16, 4096):
-                    for transposed in (False, True):
-                        height, width = block_shape[::-1] if transposed else block_shape
-                        block_tokens, warps, stages = _blocks_launch(tokens, height, dtype, DTYPES[weight])
-                        constants = {"TRANSPOSED": transposed, "HAS_BIAS": not transposed, "BLOCK_TOKENS": block_tokens}
-                        constants |= {"HEIGHT": height, "WIDTH": width, "STEP": 64}
-                        yield KernelConfig(
-                            _blocks_kernel, typed, constants | precision, warps, stages, tensor_cores=half
-                        )
-        for block_shape in BLOCK_SHAPES:
-            sides: dict[str, Any] = {
-                "HEIGHT": block_shape[0],
-                "WIDTH": block_shape[1],
-                "BLOCK_TOKENS": values_step(dtype),
-            }
-            warps = values_warps(block_shape)
-            yield KernelConfig(_weight_gradient_kernel, types, sides | precision, warps, 2, tensor_cores=half)
-            for masking, mask in (("none", f"*{name}"), ("bits", "*i32"), ("bool", "*i1")):
-                constants = {"MASKING": masking} | sides
-                typed = types | {"mask": mask}
-                yield KernelConfig(_gated_gradient_kernel, typed, constants | precision, warps, 2, tensor_cores=half)
+            for packed, tokens, kind in product((True, False), (1, 64), EPILOGUES):
+                block_tokens, features, step, stages = _masked_launch(tokens, dtype)
+                constants = {"PACKED": packed, "BLOCK_TOKENS": block_tokens, "FEATURES": features, "STEP": step}
+                used = typed | {"mask": "*i32" if packed else "*i1"}
+                yield KernelConfig(_masked_kernel, used, constants | kind, 4, stages, tensor_cores=half)
+            for block_shape, tokens, kind in product(BLOCK_SHAPES, (16, 4096), EPILOGUES):
+                height, width = block_shape[::-1] if kind["TRANSPOSED"] else block_shape
+                block_tokens, warps, stages = _blocks_launch(tokens, height, dtype, DTYPES[weight])
+                constants = {"BLOCK_TOKENS": block_tokens, "HEIGHT": height, "WIDTH": width, "STEP": 64}
+                yield KernelConfig(_blocks_kernel, typed, constants | kind, warps, stages, tensor_cores=half)
+    yield from kernel_gradient.configurations()
     yield from kernel_zero.configurations()

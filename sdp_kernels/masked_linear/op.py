@@ -61,10 +61,34 @@ def masked_linear(
         ValueError: shapes, dtypes or devices do not fit, or an unknown `gradient`.
         TypeError: a tensor is not floating-point, or the mask is neither bool nor `BitMask`.
     """
+    autocast = check_arguments(input, weight, mask, bias, block_gate, gradient)
+    backend = choose_backend("masked_linear", (input, weight), OFFERS)
+    output: Tensor = _masked_linear(
+        input,
+        weight,
+        words_of(mask),
+        bias,
+        block_gate,
+        *lists_of(mask, backend, input),
+        gradient == "dense",
+        autocast,
+        backend,
+    )
+    return output
+
+
+def check_arguments(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor | BitMask,
+    bias: Tensor | None,
+    block_gate: Tensor | None,
+    gradient: str,
+) -> torch.dtype | None:
+    """Raise what `masked_linear` raises; the dtype that autocast converts to, or None where it does not."""
     check_choice("gradient", gradient, ("masked", "dense"))
     _check_tensors(input, weight, bias, block_gate)
     check_mask("mask", mask, weight)
-    backend = choose_backend("masked_linear", (input, weight), OFFERS)
     device = input.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if autocast is not None and input.dtype == torch.float64:
@@ -72,25 +96,25 @@ def masked_linear(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if autocast is None and tensor is not None and tensor.dtype != input.dtype:
             raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
-    keep = mask.words if isinstance(mask, BitMask) else mask
-    lists, sides = _lists_of(mask, backend, input)
-    output: Tensor = _masked_linear(
-        input, weight, keep, bias, block_gate, lists, *sides, gradient == "dense", autocast, backend
-    )
-    return output
+    return autocast
 
 
-def _lists_of(mask: Tensor | BitMask, backend: str, input: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+def words_of(mask: Tensor | BitMask) -> Tensor:
+    """The mask as an operator takes it: words or bools."""
+    return mask.words if isinstance(mask, BitMask) else mask
+
+
+def lists_of(mask: Tensor | BitMask, backend: str, input: Tensor) -> tuple[list[Tensor], int, int]:
     """The lists of the kept blocks and the blocks' sides, as an operator takes them; empty where they are no use."""
     if backend == "reference" or not isinstance(mask, BitMask) or mask.lists is None or mask.block_shape is None:
-        return [], (0, 0)
+        return [], 0, 0
     if backend == "triton":
         many = input.numel() > FEW_TOKENS * input.shape[-1]  # with few, what counts is how much of the weight is read
         if not set(mask.block_shape) <= set(KERNEL_SIDES) or (many and mask.mostly_kept):
-            return [], (0, 0)
+            return [], 0, 0
     lists = mask.lists
     tensors = [lists.crow_indices, lists.col_indices, lists.ccol_indices, lists.row_indices]
-    return tensors, mask.block_shape
+    return tensors, *mask.block_shape
 
 
 def check_mask(name: str, mask: Tensor | BitMask, weight: Tensor) -> None:
@@ -193,8 +217,8 @@ def _kernel_product(
     from sdp_kernels.masked_linear.kernel import blocks_product, masked_product
 
     if lists:
-        return blocks_product(rows, weight, bias, ActiveBlocks(*lists), sides, transposed)
-    return masked_product(rows, weight, mask, bias, transposed)
+        return blocks_product(rows, weight, bias, ActiveBlocks(*lists), sides, transposed)[0]
+    return masked_product(rows, weight, mask, bias, transposed)[0]
 
 
 @_masked_linear.register_fake
@@ -265,7 +289,7 @@ def _weight_gradient(
 ) -> Tensor:
     if not dense and _walks_blocks(rows, lists, backend):
         if backend == "triton":
-            from sdp_kernels.masked_linear.kernel import weight_gradient
+            from sdp_kernels.masked_linear.kernel_gradient import weight_gradient
         else:
             from sdp_kernels.masked_linear.cpu import weight_gradient
 
@@ -297,7 +321,7 @@ def _gated_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the weight, and the sums of the dense one times the weight over the blocks of the gate."""
     if backend == "triton" and set(block_shape) <= set(KERNEL_SIDES):
-        from sdp_kernels.masked_linear.kernel import gated_gradient
+        from sdp_kernels.masked_linear.kernel_gradient import gated_gradient
 
         return gated_gradient(rows, columns, weight, None if dense else mask, block_shape)
     result = (rows.T @ columns).to(weight.dtype)

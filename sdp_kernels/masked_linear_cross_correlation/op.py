@@ -2,14 +2,29 @@
 
 from typing import TYPE_CHECKING, Literal, overload
 
+import torch
 from torch import Tensor
 
-from sdp_kernels.checks import check_dims, check_floating, check_same_device, check_shape
-from sdp_kernels.cross_correlation import cross_correlation_loss
+from sdp_kernels.checks import (
+    check_at_least,
+    check_choice,
+    check_dims,
+    check_floating,
+    check_same_device,
+    check_sample_weight,
+    check_shape,
+    check_weight_values,
+)
+from sdp_kernels.cross_correlation import choose_form, cross_correlation_loss
+from sdp_kernels.dispatch import choose_backend
 from sdp_kernels.masked_linear import BitMask, masked_linear
+from sdp_kernels.masked_linear.op import FEW_TOKENS, OFFERS, check_arguments, lists_of, words_of
+from sdp_kernels.masked_linear_cross_correlation.fused import loss_and_output
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+WHOLE_COLUMNS = 128  # rows up to which kernels of the Gram form hold whole columns and sum them themselves
 
 
 @overload
@@ -72,8 +87,11 @@ def masked_linear_cross_correlation_loss(
     """Correlate the output of a masked linear map with the teacher's features and drive that to the target.
 
     That is `cross_correlation_loss(masked_linear(input, weight, mask, bias), teacher)`, with the arguments of both, for
-    projections and the features of a layer. It is the two operations one after the other: the sums over the columns
-    are taken from the output once it is complete, not while it is being computed.
+    projections and the features of a layer. On a GPU, where a Triton kernel makes the output (see `masked_linear`), it
+    also sums over the columns of output and teacher while it has them in registers, so that no kernel reads the output
+    for its means and norms alone. Everywhere else it is the two operations one after the other: on a CPU, with a
+    process group, with a masked copy for many tokens, and with up to 128 rows in the Gram form, whose kernels hold
+    whole columns.
 
     Args:
         input: (batch, in), any float dtype.
@@ -108,6 +126,33 @@ def masked_linear_cross_correlation_loss(
     check_floating("teacher", teacher)
     check_shape("teacher", teacher, (input.shape[0], weight.shape[0]))
     check_same_device("teacher", teacher, "input", input)
+    if process_group is None and _fuses(input, weight, mask, teacher, center, form):
+        check_at_least("off_diagonal_weight", off_diagonal_weight, 0)
+        check_at_least("eps", eps, 0)
+        check_choice("target", target, ("identity", "teacher"))
+        check_choice("form", form, ("auto", "gram", "matrix"))
+        check_sample_weight(sample_weight, teacher.shape[:1], teacher)
+        check_weight_values(sample_weight, rows=1 + center)
+        grad = torch.is_grad_enabled()
+        loss, output, *_ = loss_and_output(
+            input,
+            weight,
+            words_of(mask),
+            bias,
+            teacher,
+            sample_weight,
+            *lists_of(mask, "triton", input),
+            gradient == "dense",
+            check_arguments(input, weight, mask, bias, None, gradient),
+            float(off_diagonal_weight),
+            center,
+            target == "teacher",
+            float(eps),
+            choose_form(*teacher.shape) if form == "auto" else form,
+            grad and any(each is not None and each.requires_grad for each in (input, weight, bias)),
+            grad and teacher.requires_grad,
+        )
+        return (loss, output) if return_output else loss
     output = masked_linear(input, weight, mask, bias, gradient=gradient)
     loss = cross_correlation_loss(
         output,
@@ -121,3 +166,16 @@ def masked_linear_cross_correlation_loss(
         form=form,
     )
     return (loss, output) if return_output else loss
+
+
+def _fuses(input: Tensor, weight: Tensor, mask: Tensor | BitMask, teacher: Tensor, center: bool, form: str) -> bool:
+    """Whether a Triton product makes the output, and the loss takes sums over its columns."""
+    batch, dim = teacher.shape
+    if choose_backend("masked_linear_cross_correlation_loss", (input, weight, teacher), OFFERS) != "triton":
+        return False
+    if batch < 1 + center or 0 in weight.shape:
+        return False
+    few_rows = choose_form(batch, dim) == "gram" if form == "auto" else form == "gram"
+    if few_rows and batch <= WHOLE_COLUMNS:
+        return False
+    return batch <= FEW_TOKENS or bool(lists_of(mask, "triton", input)[0])

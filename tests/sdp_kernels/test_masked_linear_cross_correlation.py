@@ -71,6 +71,71 @@ def test_equals_the_two_in_sequence(options: dict[str, Any], blocks: bool, backe
         assert torch.equal(result, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("options", [{}, {"target": "teacher", "off_diagonal_weight": 0.2}, {"center": False}])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_sums_over_columns_in_the_product(
+    options: dict[str, Any], blocks: bool, dtype: torch.dtype, device: torch.device, triton_backend: str
+) -> None:
+    """Several tiles of tokens, columns far from zero, one that is constant, and NaN in a row that does not count."""
+    inputs = problem(device, blocks=blocks)
+    shift = torch.linspace(-30, 30, 48, device=device)
+    rows = torch.randn(150, 32, device=device)
+    teacher = rows @ inputs["weight"].detach().T + torch.randn(150, 48, device=device) + shift
+    teacher[:, 5] = 3.0
+    rows[77], teacher[77] = 1e3, torch.nan
+    tensors = {"input": rows, "weight": inputs["weight"], "bias": shift, "teacher": teacher}
+    leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in tensors.items()}
+    weight = torch.rand(150, device=device)
+    weight[77] = 0
+    with use_backend(triton_backend):
+        loss = masked_linear_cross_correlation_loss(**leaves, mask=inputs["mask"], sample_weight=weight, **options)
+        expected, _ = in_sequence(**leaves, mask=inputs["mask"], sample_weight=weight, **options)
+        leaves["input"].data[77] = torch.nan
+        assert torch.equal(
+            masked_linear_cross_correlation_loss(**leaves, mask=inputs["mask"], sample_weight=weight, **options), loss
+        )
+        leaves["input"].data[77] = 1e3
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    names = ("input", "weight", "teacher")  # the bias gets what rounding leaves of 0 where columns are centred
+    got = torch.autograd.grad(loss, [leaves[name] for name in names])
+    wanted = torch.autograd.grad(expected, [leaves[name] for name in names])
+    for result, want in zip(got, wanted, strict=True):
+        assert result.isfinite().all()
+        assert (result - want).abs().max() <= tolerance * want.abs().max()
+
+
+def fused_arguments(device: torch.device) -> tuple[Any, ...]:
+    inputs = problem(device)
+    tensors = [inputs[name] for name in ("input", "weight", "bias", "teacher")]
+    input, weight, bias, teacher = tensors
+    options = (5e-3, True, False, 1e-12, "matrix", True, True)
+    return (input, weight, inputs["mask"].words, bias, teacher, None, [], 0, 0, False, None, *options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, without CUDA")
+@pytest.mark.usefixtures("triton_backend")
+def test_operator_is_registered_rightly(device: torch.device) -> None:
+    arguments = fused_arguments(device)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.sdp_kernels.masked_linear_cross_correlation, arguments, test_utils=checks)
+
+
+def test_only_what_is_asked_for_gets_a_gradient(device: torch.device, triton_backend: str) -> None:
+    for asked in ("weight", "teacher", "bias"):
+        inputs = {
+            name: value.detach() if isinstance(value, Tensor) else value for name, value in problem(device).items()
+        }
+        inputs[asked].requires_grad_()
+        with use_backend(triton_backend):
+            loss = masked_linear_cross_correlation_loss(**inputs, form="matrix")
+            expected, _ = in_sequence(**inputs, form="matrix")
+        (got,) = torch.autograd.grad(loss, inputs[asked])
+        torch.testing.assert_close(got, torch.autograd.grad(expected, inputs[asked])[0])
+
+
 def test_without_gradients_and_without_bias(device: torch.device) -> None:
     inputs = problem(device)
     inputs["bias"] = None
