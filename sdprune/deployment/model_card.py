@@ -149,8 +149,8 @@ def _origin(card: ModelCard) -> str:
 
 
 def _loading(found: Inspection) -> str:
-    kind = f"AutoModelFor{found.architecture.rpartition('For')[2]}" if "For" in (found.architecture or "") else ""
-    kind = kind or "AutoModel"
+    _, marker, head = (found.architecture or "").rpartition("For")
+    kind = f"AutoModelFor{head}" if marker else "AutoModel"
     text = (
         f"## Use\n\n```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(FOLDER_OR_ID)\n```\n\n"
     )
