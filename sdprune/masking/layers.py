@@ -219,7 +219,9 @@ class MaskedLinear(nn.Linear):
         """The tensor whose gradient is the sensitivity; no parameter, so that nothing trains, clips or saves it."""
         if self._gate is None:
             assert self.score is not None
-            self._gate = (torch.ones_like(self.score) if values is None else values.clone()).requires_grad_()
+            # only the gradient takes memory: nobody reads the ones
+            ones = torch.ones((), device=self.score.device).expand_as(self.score)
+            self._gate = (ones if values is None else values.clone()).requires_grad_()
         return self._gate
 
     def _randomly_gated(self, input: Tensor) -> Tensor:

@@ -124,18 +124,22 @@ def gather(model: nn.Module, config: SDPruneConfig, scale: float = 1.0) -> None:
     update = CRITERIA[config.criterion].update
     if update is None:
         return
+    parallel = distributed.is_available() and distributed.is_initialized()
     for layer in masked_layers(model).values():
         if not layer.gathering or layer.score is None or layer.score_steps is None:
             continue
         found = layer.take_sensitivity()
+        if found is None and not parallel:
+            continue
+        # a layer that only the batches of other ranks went through takes part in the mean
         sensitivity = torch.zeros_like(layer.score) if found is None else found / scale
-        if distributed.is_available() and distributed.is_initialized():
+        if parallel:
             distributed.all_reduce(sensitivity)
             sensitivity /= distributed.get_world_size()
-        if found is None or not bool(sensitivity.isfinite().all()):
-            continue  # a step that the loss scaler skips too, or a layer that the batch did not reach
-        layer.score.copy_(update(layer.score, sensitivity, config))
-        layer.score_steps += 1
+        # not a step that overflowed, which the loss scaler skips too; decided on the device, without waiting for it
+        usable = sensitivity.isfinite().all()
+        layer.score.copy_(torch.where(usable, update(layer.score, sensitivity, config), layer.score))
+        layer.score_steps += usable
 
 
 @torch.no_grad()

@@ -250,3 +250,29 @@ def test_steps_that_overflow_are_left_out(model, batch):
     gather(model, config)
     assert torch.equal(layer.score, expected)
     assert int(layer.score_steps) == 1
+
+
+def gather_on_a_rank(rank, folder, state, inputs):
+    from torch import distributed
+    from transformers import BertConfig, BertForSequenceClassification
+
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+    model = BertForSequenceClassification(BertConfig.from_pretrained(folder))
+    model.load_state_dict(state)
+    config = config_for("taylor")
+    mask_model(model.train(), config)
+    model(**halves(inputs)[rank]).loss.backward()
+    gather(model, config)
+    torch.save(masked_layers(model)[LAYER].score, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_scores_are_the_same_on_every_rank(model_factory, batch, tmp_path):
+    model = model_factory(**SURE)
+    model.config.save_pretrained(tmp_path)
+    torch.multiprocessing.spawn(gather_on_a_rank, (str(tmp_path), model.state_dict(), dict(batch)), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(*found)
+    weight = model.get_parameter(f"{LAYER}.weight").detach()
+    gradient = dense_gradients(model.train(), batch, [LAYER])[LAYER]  # of the mean over both halves
+    torch.testing.assert_close(found[0], (gradient * weight).square(), rtol=1e-3, atol=1e-12)
