@@ -18,10 +18,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sdprune.analysis.report import RunRecord, write_report
 from sdprune.config import CONFIG_NAME, SDPruneConfig
+from sdprune.deployment.model_card import write_model_card
 from sdprune.files import write_text
 from sdprune.masking.pruner import Sparsity
 from sdprune.masking.schedule import pruning_moments
 from sdprune.pipelines.assess import assess, method_name, take_snapshot
+from sdprune.pipelines.card import card_of
 from sdprune.pipelines.outcomes import carry_out
 from sdprune.pipelines.self_distilled import PruneResult, prune
 from sdprune.pipelines.stages import SETTINGS_NAME
@@ -87,6 +89,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
         (assessment,) = assess([snapshot], dense, workbench)
         name = outcome.name or method_name(config)
         rows.append(assessment.row | {"method": name} | _int8_scores(outcome.int8, workbench))
+        write_model_card(folder, card_of(recipe, workbench, rows[-1], dense_scores))
         records.append(read_record(name, outcome.folder, outcome.config, snapshot.sparsity))
     metrics = {"dense": dense_scores, "baselines": {}, "runs": rows}
     write_text(output / SCORES_NAME, json.dumps(metrics, indent=2) + "\n")
