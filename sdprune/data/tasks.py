@@ -1,19 +1,21 @@
-"""What a run trains and tests on: the movie reviews, a GLUE task or the user's own files."""
+"""What a run trains and tests on: reviews out of packages, a GLUE or XGLUE task, or the user's own files."""
 
 from __future__ import annotations
 
 import bz2
 import csv
 import difflib
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from sdprune.data.examples import EncodedExamples, Examples, encode
+from sdprune.data.multilingual import foreign_reviews
 from sdprune.data.sample import sample_reviews
 from sdprune.data.splits import split_grouped, split_stratified, stratified_order
 from sdprune.data.tables import FORMATS, first_line, read_table
+from sdprune.data.xglue import XGLUE, load_xglue
 from sdprune.recipe import DataConfig
 
 __all__ = ["TASKS", "EncodedExamples", "Examples", "Task", "encode", "load_task"]
@@ -22,6 +24,7 @@ TEST_FRACTION = 0.25
 VALIDATION_FRACTION = 0.1
 MIN_ROWS = 8
 MOVIE_REVIEWS = "movie-reviews"
+MULTILINGUAL_REVIEWS = "multilingual-reviews"
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
 REGRESSION_METRICS = ("pearson", "spearman")
 
@@ -47,7 +50,7 @@ _GLUE = {
     "rte": _GlueTask(_SENTENCES, ("entailment", "not_entailment")),
     "wnli": _GlueTask(_SENTENCES, ("not_entailment", "entailment")),
 }
-TASKS = (MOVIE_REVIEWS, *_GLUE)
+TASKS = (MOVIE_REVIEWS, MULTILINGUAL_REVIEWS, *_GLUE, *XGLUE)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Task:
         validation: rows to choose settings with.
         test: rows to report.
         metrics: names of what is reported (`sdprune.data.metrics.compute`), the most important one first.
+        zero_shot: rows to report in languages that are not trained on, by language.
     """
 
     name: str
@@ -69,6 +73,17 @@ class Task:
     validation: Examples
     test: Examples
     metrics: tuple[str, ...]
+    zero_shot: Mapping[str, Examples] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Examples], Examples]) -> Task:
+        """Return the task with all of its parts changed."""
+        return replace(
+            self,
+            train=change(self.train),
+            validation=change(self.validation),
+            test=change(self.test),
+            zero_shot={language: change(examples) for language, examples in self.zero_shot.items()},
+        )
 
     @property
     def num_labels(self) -> int:
@@ -79,9 +94,11 @@ class Task:
 def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
     """Load the data that `config` names. The same configuration always gives the same rows.
 
-    Movie reviews: a quarter of the movies is held out for the test, a tenth of the others for validation.
+    Movie reviews: a quarter of the movies is held out for the test, a tenth of the others for validation. The
+    multilingual reviews are the same, and test rows in French, Dutch, German and Chinese.
     GLUE: tested on its validation rows, as the labels of its test rows are hidden; validation is a tenth of
     the training rows.
+    XGLUE: trained, validated and tested on English; the test rows of the other languages are reported apart.
     Files: parts without a file of their own are held out of the training rows: whole groups if there are
     groups, with equal class balance otherwise. Labels that are numbers, not all whole, are predicted as numbers.
 
@@ -91,13 +108,18 @@ def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
 
     Raises:
         ValueError: the configuration or the rows are unusable; the message is one line that says which.
-        OSError: the movie reviews or a GLUE task could not be fetched.
+        OSError: the reviews or a GLUE or XGLUE task could not be fetched.
     """
     if config.data in TASKS:
         _check_no_file_options(config)
         if config.data == MOVIE_REVIEWS:
             return _limited(_movie_reviews(config.split_seed, sample_reviews(cache)), config)
-        return _limited(_load_glue(config.data, config.split_seed), config)
+        if config.data == MULTILINGUAL_REVIEWS:
+            english = _movie_reviews(config.split_seed, sample_reviews(cache))
+            reviews = replace(english, name=MULTILINGUAL_REVIEWS, label_names=("negative", "positive"))
+            return _limited(replace(reviews, zero_shot=foreign_reviews(cache)), config)
+        load = _load_xglue if config.data in XGLUE else _load_glue
+        return _limited(load(config.data, config.split_seed), config)
     path = Path(config.data)
     if not path.is_file() and path.suffix.lower() not in FORMATS:
         near = difflib.get_close_matches(config.data.lower(), TASKS, n=1)
@@ -148,6 +170,11 @@ def _load_glue(name: str, seed: int, repository: str = "nyu-mll/glue") -> Task:
     return Task(name, task.label_names, train.select(split.train), train.select(split.validation), test, task.metrics)
 
 
+def _load_xglue(name: str, seed: int) -> Task:
+    task, parts = XGLUE[name], load_xglue(name)
+    return Task(name, task.label_names, parts.train, parts.validation, parts.test, task.metrics, parts.zero_shot)
+
+
 def _load_files(config: DataConfig) -> Task:
     table = read_table(Path(config.data), config, grouped=True)
     if len(table.texts) < MIN_ROWS:
@@ -189,11 +216,10 @@ def _limited(task: Task, config: DataConfig) -> Task:
         order = stratified_order(_strata(examples, task.label_names), config.split_seed)
         return examples.select(sorted(order[:limit]))
 
-    return Task(
-        task.name,
-        task.label_names,
-        limited(task.train, config.max_train_samples),
-        limited(task.validation, config.max_eval_samples),
-        limited(task.test, config.max_eval_samples),
-        task.metrics,
+    return replace(
+        task,
+        train=limited(task.train, config.max_train_samples),
+        validation=limited(task.validation, config.max_eval_samples),
+        test=limited(task.test, config.max_eval_samples),
+        zero_shot={name: limited(rows, config.max_eval_samples) for name, rows in task.zero_shot.items()},
     )

@@ -110,5 +110,7 @@ def assess(
             "speedup": speedup(dense, model, probe),
             "device": best_device().type,
         }
+        if workbench.task.zero_shot:
+            row["languages"] = workbench.score_languages(model, bf16=bf16)
         found.append(Assessment(row, logits))
     return found

@@ -92,6 +92,8 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
         write_model_card(folder, card_of(recipe, workbench, rows[-1], dense_scores))
         records.append(read_record(name, outcome.folder, outcome.config, snapshot.sparsity))
     metrics = {"dense": dense_scores, "baselines": {}, "runs": rows}
+    if workbench.task.zero_shot:
+        metrics["dense_languages"] = workbench.score_languages(dense)
     write_text(output / SCORES_NAME, json.dumps(metrics, indent=2) + "\n")
     write_report(output, metrics, records, title=f"{recipe.model} pruned on {workbench.task.name}")
     return metrics

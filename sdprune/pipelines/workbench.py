@@ -11,15 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sdprune.data.examples import EncodedExamples, encode
+from sdprune.data.examples import EncodedExamples, Examples, encode
 from sdprune.data.metrics import compute
+from sdprune.data.multilingual import multilingual_model
 from sdprune.data.sample import sample_model
-from sdprune.data.tasks import Task, load_task
+from sdprune.data.tasks import MULTILINGUAL_REVIEWS, Task, load_task
 from sdprune.pipelines.evaluate import collate, predict
 from sdprune.pipelines.models import Classifier, align_labels, load_classifier
 from sdprune.recipe import DataConfig
 
 BUNDLED_MODEL = "bundled-minilm"
+BUNDLED_MULTILINGUAL = "bundled-multilingual"
 PROBE_ROWS = 32
 
 
@@ -56,6 +58,12 @@ class Workbench:
         """Encoded test rows."""
         return encode(self.task.test, self.classifier.tokenizer, self.max_length)
 
+    @cached_property
+    def zero_shot(self) -> dict[str, EncodedExamples]:
+        """Encoded test rows of the languages that are not trained on."""
+        rows = self.task.zero_shot
+        return {name: encode(part, self.classifier.tokenizer, self.max_length) for name, part in rows.items()}
+
     def renewed(self) -> Workbench:
         """Return a workbench with the model as it was loaded, untouched by any training."""
         return replace(self, classifier=load_classifier(self.source, self.task))
@@ -64,6 +72,16 @@ class Workbench:
         """Return the logits (rows, classes) of a model on the test rows, with a progress bar."""
         tokenizer, size = self.classifier.tokenizer, self.batch_size
         return predict(model, self.test, tokenizer, batch_size=size, bf16=bf16, description=description)
+
+    def score_languages(self, model: nn.Module, *, bf16: bool = False) -> dict[str, dict[str, float]]:
+        """Return the metrics of every language that is not trained on; empty where the task has none."""
+        tokenizer, size = self.classifier.tokenizer, self.batch_size
+        scores = {}
+        for name, rows in self.zero_shot.items():
+            logits = predict(model, rows, tokenizer, batch_size=size, bf16=bf16, description=f"testing {name}")
+            part = self.task.zero_shot[name]
+            scores[name] = compute(self.task.metrics, logits, part.labels, part.queries)
+        return scores
 
     @property
     def collator(self) -> Any:
@@ -78,27 +96,54 @@ class Workbench:
 
     def score(self, logits: NDArray[np.float32]) -> dict[str, float]:
         """Return the task's metrics of test logits."""
-        return compute(self.task.metrics, logits, self.task.test.labels)
+        return compute(self.task.metrics, logits, self.task.test.labels, self.task.test.queries)
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """Return the task's metrics of what the Trainer predicted."""
-        return compute(self.task.metrics, prediction.predictions, prediction.label_ids)
+        queries = self.task.validation.queries  # evaluation keeps the order of the rows
+        return compute(self.task.metrics, prediction.predictions, prediction.label_ids, queries)
 
 
 def load_workbench(model: str, data: DataConfig, cache: Path | None = None, batch_size: int = 64) -> Workbench:
     """Load a model and its data.
 
     Args:
-        model: folder, hub id, or "bundled-minilm": all-MiniLM-L6-v2 from the package index, without a head.
+        model: folder, hub id, "bundled-minilm": all-MiniLM-L6-v2 from the package index, without a head, or
+            "bundled-multilingual": multilingual-e5-small, dequantised from 4 bit, its vocabulary cut down to the
+            multilingual reviews.
         data: the labelled text.
         cache: where fetched samples are kept; None: the user's cache folder.
         batch_size: rows of a test batch.
     """
     task = load_task(data, cache=cache)
-    source = str(sample_model(cache)) if model == BUNDLED_MODEL else model
+    source = _bundled(model, cache) or model
     classifier = load_classifier(source, task)
     if classifier.trained_head:
-        task = align_labels(task, classifier.model)
+        task = _aligned(task, classifier)
     # encode knows the tokenizer's own limit, not the model's
     longest = min(data.max_length, getattr(classifier.model.config, "max_position_embeddings", data.max_length))
     return Workbench(task, source, classifier, longest, batch_size)
+
+
+def _bundled(model: str, cache: Path | None) -> str | None:
+    if model == BUNDLED_MODEL:
+        return str(sample_model(cache))
+    if model != BUNDLED_MULTILINGUAL:
+        return None
+    # the vocabulary must not depend on how much of the data a run takes
+    whole = load_task(DataConfig(data=MULTILINGUAL_REVIEWS), cache=cache)
+    parts = (whole.train, whole.validation, whole.test, *whole.zero_shot.values())
+    return str(multilingual_model((text for part in parts for texts in part.texts for text in texts), cache))
+
+
+def _aligned(task: Task, classifier: Classifier) -> Task:
+    """Return the task with its labels in the order of the model's classes, in all languages."""
+    aligned = align_labels(task, classifier.model)
+    if aligned.label_names == task.label_names:
+        return task
+    order = [aligned.label_names.index(name) for name in task.label_names]
+
+    def renumbered(examples: Examples) -> Examples:
+        return replace(examples, labels=tuple(order[int(label)] for label in examples.labels))
+
+    return replace(aligned, zero_shot={name: renumbered(rows) for name, rows in task.zero_shot.items()})

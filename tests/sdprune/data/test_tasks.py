@@ -10,10 +10,10 @@ import pytest
 
 from sdprune.data import tasks
 from sdprune.data.metrics import majority_baseline, tfidf_baseline
-from sdprune.data.tasks import TASKS, load_task
+from sdprune.data.tasks import load_task
 from sdprune.recipe import DataConfig
 
-GLUE = [name for name in TASKS if name != "movie-reviews"]
+GLUE = list(tasks._GLUE)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_glue_without_the_package_datasets(monkeypatch):
         ("sst-2", "'sst-2' is neither a task nor a file; did you mean 'sst2'"),
         ("SST2", "did you mean 'sst2'"),
         ("movie_reviews", "did you mean 'movie-reviews'"),
-        ("zzz", "neither a task nor a file. Tasks: movie-reviews, cola"),
+        ("zzz", "neither a task nor a file. Tasks: movie-reviews, multilingual-reviews, cola"),
     ],
 )
 def test_unknown_names(name, message):
