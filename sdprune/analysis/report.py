@@ -45,6 +45,15 @@ closes again is damage that the training repaired.""",
 longer bar is a layer that was spared; equal bars mean that every layer was pruned alike.""",
 }
 
+_DIAGNOSTICS = {  # key in the log -> axis
+    "separability": "class separability",
+    "signal_to_noise": "signal-to-noise, dB",
+}
+_DIAGNOSTICS_CAPTION = """Two measures of the representation on a held-out part. Class separability is the scatter
+between the classes over that within them: higher is easier to tell apart. Signal-to-noise compares the pruned model's
+representation with its teacher's: each 10 dB less is ten times the squared difference. Thin vertical lines are the
+pruning steps of the first run."""
+
 _PAGE = """<!DOCTYPE html><html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -93,14 +102,18 @@ def write_report(
     models = _models(metrics, scores)
     names = dict.fromkeys([*models.label[models.pruned], *(run.name for run in runs)])
     colors = {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
-    figures = (
+    figures = [
         _score_against_sparsity(models, scores[0], colors),
         _score_over_steps(runs, scores[0], colors),
         _density_per_layer(runs, colors),
-    )
+    ]
+    captions = dict(_CAPTIONS)
+    if measured := _diagnostics_over_steps(runs, colors):
+        figures.append(measured)
+        captions["diagnostics_over_steps"] = _DIAGNOSTICS_CAPTION
     directory.mkdir(parents=True, exist_ok=True)
     sections = ""
-    for (name, caption), figure in zip(_CAPTIONS.items(), figures, strict=True):
+    for (name, caption), figure in zip(captions.items(), figures, strict=True):
         data = base64.b64encode(_save_png(figure, directory / f"{name}.png")).decode("ascii")
         image = f'<img alt="Figure: {name.replace("_", " ")}" src="data:image/png;base64,{data}">'
         sections += f"<figure>{image}\n<figcaption>{caption}</figcaption></figure>\n"
@@ -139,12 +152,12 @@ def _text(name: str) -> str:
     return name.replace("$", r"\$").lstrip("_")
 
 
-def _panels(height: float, count: int = 1) -> tuple[Figure, list[Axes]]:
+def _panels(height: float, count: int = 1, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
     """Return a figure of panels below each other, with no more frame than carries numbers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, height), layout="constrained", facecolor="white")
-    panels = list(figure.subplots(count, 1, sharex=True, sharey=True, squeeze=False)[:, 0])
+    panels = list(figure.subplots(count, 1, sharex=True, sharey=sharey, squeeze=False)[:, 0])
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
@@ -209,11 +222,36 @@ def _score_over_steps(runs: Sequence[RunRecord], score: str, colors: Mapping[str
     return figure
 
 
-def _percent_by_step(run: RunRecord, key: str) -> pd.Series[float]:
-    """Return what the history holds under `key`, in percent, by step; of equal steps the last."""
+def _diagnostics_over_steps(runs: Sequence[RunRecord], colors: Mapping[str, str]) -> Figure | None:
+    """Draw a panel a diagnostic, a line a run, over the optimizer steps; None where no run measured any."""
+    found = {
+        key: lines
+        for key in _DIAGNOSTICS
+        if (lines := [(run, values) for run in runs if len(values := _by_step(run, key))])
+    }
+    if not found:
+        return None
+    figure, panels = _panels(0.9 + 2.2 * len(found), len(found), sharey=False)
+    for axes, (key, lines) in zip(panels, found.items(), strict=True):
+        axes.vlines(lines[0][0].moments, 0, 1, transform=axes.get_xaxis_transform(), color="#999999", linewidth=0.6)
+        for (run, values), marker in zip(lines, _MARKERS * 9, strict=False):
+            style: dict[str, Any] = {"color": colors[run.name], "marker": marker, "markersize": 3.5, "linewidth": 1.8}
+            axes.plot(values.index, values, label=_text(run.name), **style)
+        axes.set_ylabel(_DIAGNOSTICS[key], fontsize=10)
+        axes.legend(frameon=False, fontsize=9)
+    panels[-1].set_xlabel("optimizer steps")
+    return figure
+
+
+def _by_step(run: RunRecord, key: str) -> pd.Series[float]:
+    """Return what the history holds under `key` by step; of equal steps the last."""
     rows = pd.DataFrame(list(run.history), columns=["step", key]).apply(pd.to_numeric, errors="coerce").dropna()
     values: pd.Series[float] = rows.drop_duplicates("step", keep="last").set_index("step")[key]
-    return 100 * values.sort_index()
+    return values.sort_index()
+
+
+def _percent_by_step(run: RunRecord, key: str) -> pd.Series[float]:
+    return 100 * _by_step(run, key)
 
 
 def _shade_sparsity(axes: Axes, run: RunRecord) -> None:

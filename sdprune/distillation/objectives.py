@@ -23,6 +23,7 @@ from sdp_kernels import (
 from sdprune.config import SDPruneConfig
 from sdprune.distillation.features import Features, row_names
 from sdprune.distillation.queue import SavedRowQueue
+from sdprune.masking.linears import matrix
 from sdprune.masking.swap import masked_layers
 
 
@@ -140,8 +141,8 @@ def _aligned(comparison: Comparison, kind: Literal["cosine", "frobenius"]) -> Te
     student, teacher = comparison.models
     layers = masked_layers(student)
     return aligned_weight_loss(
-        [layer.weight for layer in layers.values()],
-        [teacher.get_parameter(f"{name}.weight") for name in layers],
+        [matrix(layer) for layer in layers.values()],
+        [matrix(teacher.get_submodule(name)) for name in layers],
         kind=kind,
         masks=[layer.bit_mask for layer in layers.values()],
     )

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
+from sdprune.analysis.diagnostics import Diagnostics
 from sdprune.config import CONFIG_NAME, SDPruneConfig
 from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.swap import masked_layers, unswap
@@ -112,6 +113,8 @@ def prune(
         compute_metrics=compute_metrics,
         callbacks=[SDPruneCallback(config), *(callbacks or ()), *housekeeping],
     )
+    if config.diagnostics_steps is not None:
+        trainer.add_callback(Diagnostics(trainer))
     for standard in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(standard)
     if not args.disable_tqdm:

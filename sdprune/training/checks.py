@@ -10,6 +10,7 @@ from torch import nn
 from sdprune.config import SDPruneConfig
 from sdprune.distillation.features import body_of
 from sdprune.distillation.objectives import feature_names, needs
+from sdprune.masking.linears import is_linear, matrix
 from sdprune.masking.swap import masked_layers
 
 
@@ -62,14 +63,14 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SDPruneConfig)
         if theirs != ours:
             raise ValueError(f"teacher_model has {words.format(theirs)}, the model has {words.format(ours)}")
     if "weights" in needed:
-        weights = {name: value.shape for name, value in teacher.named_parameters(remove_duplicate=False)}
+        weights = {name: matrix(module).shape for name, module in teacher.named_modules() if is_linear(module)}
         for name, layer in masked_layers(student).items():
-            found = weights.get(f"{name}.weight")
-            if found != layer.weight.shape:
+            found = weights.get(name)
+            if found != matrix(layer).shape:
                 has = "no such weight" if found is None else f"shape {tuple(found)}"
                 raise ValueError(
                     f"the aligned objectives compare weights by name: {name}.weight has shape "
-                    f"{tuple(layer.weight.shape)} in the model, {has} in teacher_model"
+                    f"{tuple(matrix(layer).shape)} in the model, {has} in teacher_model"
                 )
 
 

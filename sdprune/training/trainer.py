@@ -28,6 +28,7 @@ from sdprune.distillation.queue import SavedRowQueue
 from sdprune.distillation.steering import gradient_norm, steered_weight
 from sdprune.distillation.teacher import Teacher
 from sdprune.masking.pruner import masked_fraction
+from sdprune.masking.schedule import lr_factor
 from sdprune.training.checks import check_labels, check_objectives, check_teacher
 
 
@@ -127,6 +128,27 @@ class SDPruneTrainer(Trainer):
             precision=f"{config.teacher_dtype or 'as loaded'}, autocast {self.accelerator.mixed_precision}",
             limit=config.teacher_cache_gigabytes * 1e9,
         )
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the scheduler of the arguments, or with `lr_restarts` the one that restarts with every pruning step.
+
+        The restarts take the place of `lr_scheduler_type`; the warm-up of the arguments stays.
+        """
+        config = self.sdprune_config
+        if not config.lr_restarts or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            return min(1.0, step / max(warmup, 1) if warmup else 1.0) * lr_factor(config, num_training_steps, step)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or cast(torch.optim.Optimizer, self.optimizer), factor
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, which with a teacher cache say where their examples stand in it."""

@@ -246,3 +246,23 @@ def test_matplotlib_is_imported_lazily_and_without_pyplot() -> None:
     assert not any("matplotlib" in ast.unparse(node) for node in tree.body if isinstance(node, ast.ImportFrom))
     assert "matplotlib" not in {item.name for item in plain}
     assert "pyplot" not in ast.unparse(tree)
+
+
+def test_diagnostics_are_drawn_where_they_were_measured(tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep(figure, path):
+        drawn[path.stem] = figure
+        return b""
+
+    monkeypatch.setattr(report, "_save_png", keep)
+    write_report(tmp_path, METRICS, RUNS, title="none")
+    assert "diagnostics_over_steps" not in drawn
+    rows = ({"step": 4, "separability": 0.5, "signal_to_noise": 12.0}, {"step": 8, "separability": 0.25})
+    measured = RunRecord("SDP-CC", (*history(0.01), *rows), MOMENTS, {})
+    write_report(tmp_path, METRICS, (measured, *RUNS[1:]), title="some")
+    separability, noise = drawn["diagnostics_over_steps"].axes
+    assert separability.lines[0].get_xydata().tolist() == [[4, 0.5], [8, 0.25]]
+    assert noise.lines[0].get_xydata().tolist() == [[4, 12.0]]
+    assert (separability.get_ylabel(), noise.get_ylabel()) == ("class separability", "signal-to-noise, dB")
+    assert "signal-to-noise compares" in (tmp_path / "report.html").read_text().lower()

@@ -311,3 +311,27 @@ def test_a_causal_language_model(make, arguments, tmp_path, cached):
     models[0].train()
     (row,) = losses(trainer)
     assert row["loss_kl"] == pytest.approx(total / sum(len(each) - 1 for each in ids), rel=1e-4)
+
+
+def test_the_learning_rate_restarts_with_every_pruning_step_also_after_resuming(make, model_factory, tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-3}
+    rates = {}
+    for name, stops in (("whole", [8]), ("parts", [3, 8])):
+        resume = None
+        for stop in stops:
+            keep = Keep()
+            trainer = make(
+                model_factory(**QUIET),
+                callbacks=[Stop(stop), keep],
+                args=args | {"output_dir": str(tmp_path / name)},
+                lr_restarts=True,
+                end_ratio=0.5,
+                distillation=None,
+            )
+            trainer.train(resume_from_checkpoint=resume)
+            resume = str(tmp_path / name / "checkpoint-3")
+        rates[name] = [row["learning_rate"] for row in keep.rows if "loss" in row]
+    # pruned before the first and the fifth of 8 steps: two cycles of four
+    cycle = [1e-3 * (1.0 - 0.9 * step / 4) for step in range(4)]
+    assert rates["whole"] == pytest.approx(2 * cycle)
+    assert rates["parts"] == rates["whole"][3:]
