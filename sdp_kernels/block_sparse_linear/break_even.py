@@ -76,11 +76,14 @@ def edge_passed(weight: BlockSparseMatrix, tokens: int, dtype: torch.dtype, back
     """The edge above which this product lies, None where the blocks win; arguments as above.
 
     Reads sizes only, so it waits for no device and is decided once for each compiled graph. A graph that is exported
-    for any number of tokens keeps the blocks.
+    for any number of tokens keeps the blocks, and so does one compiled for a CPU: while a graph is traced nobody can
+    ask which instructions and packages there are.
     """
+    if torch.compiler.is_exporting() or (backend == "cpu" and torch.compiler.is_compiling()):
+        return None
     edges, height, density = BREAK_EVEN[_path(dtype, backend)], weight.block_shape[0], weight.density
     # Most matrices need no look at the tokens, which would tie a compiled graph to a range of them.
-    if not edges or density <= min([edge.density(height) for edge in edges]) or torch.compiler.is_exporting():
+    if not edges or density <= min([edge.density(height) for edge in edges]):
         return None
     for edge in reversed(edges):
         if tokens >= edge.tokens:
@@ -88,9 +91,8 @@ def edge_passed(weight: BlockSparseMatrix, tokens: int, dtype: torch.dtype, back
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _path(dtype: torch.dtype, backend: str) -> str:
-    """The key of `BREAK_EVEN`; it cannot change while a process runs."""
+    """The key of `BREAK_EVEN`."""
     if backend == "triton":
         return "triton"
     if not cpu.is_compiled(dtype):
