@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 SHELL = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line.strip()]
-TRIED_HERE = ("sdprune prune", "sdprune evaluate", "sdprune export", "sdprune benchmark")
+TRIED_HERE = ("sdprune prune", "sdprune evaluate", "sdprune inspect", "sdprune export", "sdprune benchmark")
 
 
 @pytest.fixture
