@@ -35,7 +35,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     shapes = sorted({tuple(row["shape"]) for row in rows})
     baselines = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != "ours"]
-    figure = Figure(figsize=(max(6.0, 0.6 * len(shapes) + 2), 3.2 * len(dtypes)))
+    figure = Figure(figsize=(max(6.0, 0.6 * len(shapes) + 2), 4.0 * len(dtypes)))
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(dtypes), 1, squeeze=False)[:, 0]
     for panel, dtype in zip(panels, dtypes, strict=True):
@@ -49,8 +49,13 @@ def draw(rows: Sequence[Row]) -> Figure:
         panel.set_yscale("log")
         panel.set_ylabel(f"times as long as ours, {dtype}")
         panel.set_xticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes], rotation=45, ha="right")
-    panels[0].legend()
+    panels[0].legend(ncols=5, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # above: bars may be anywhere
     last = rows[-1]
-    panels[0].set_title(f"{last['op']}, {last['device']}, torch {last['torch']}, {last['commit']}", fontsize="medium")
+    panels[0].set_title(
+        f"{last['op']}, {last['device']}, torch {last['torch']}, {last['commit']}",
+        fontsize="medium",
+        loc="left",
+        pad=26,
+    )
     figure.tight_layout()
     return figure
