@@ -12,10 +12,10 @@ from sdprune.deployment.conversion import (
     Records,
     dense_copy,
     dense_names,
-    dense_weight,
     make_layer,
     pack_layer,
 )
+from sdprune.deployment.sparse_linear import pruned_weight
 from sdprune.deployment.storage import NARROW, make_record, pack, stored_bytes
 from sdprune.masking.coupling import Coupling, find_couplings
 from sdprune.masking.linears import is_conv1d
@@ -53,7 +53,7 @@ def compact(model: Model) -> Model:
             _unfeed(dense, coupling)
     records = remove_neurons(dense, couplings)
     for name in dense_names(dense):
-        weight = dense_weight(dense.get_submodule(name))
+        weight = pruned_weight(dense.get_submodule(name))
         tensors = pack(weight, NARROW)
         if name not in records and tensors["weight"].numel() < weight.numel():
             records[name] = _record(dense, name, tensors)
@@ -87,7 +87,7 @@ def remove_neurons(
         if coupling.kind != "neuron" or not once or not _in_order(dense, coupling):
             continue
         empty = _unread(dense, coupling)
-        fed = [dense_weight(dense.get_submodule(name))[empty] for name in coupling.producers]
+        fed = [pruned_weight(dense.get_submodule(name))[empty] for name in coupling.producers]
         if not empty.any() or any(bool(rows.any()) for rows in fed):
             continue
         left = float((~empty).sum()) / empty.numel()
@@ -99,16 +99,16 @@ def remove_neurons(
 
 def _unread(dense: nn.Module, coupling: Coupling) -> Tensor:
     """Which units no weight of the consumer reads."""
-    weight = dense_weight(dense.get_submodule(coupling.consumer))
+    weight = pruned_weight(dense.get_submodule(coupling.consumer))
     return ~(weight[:, coupling.columns.to(weight.device)] != 0).any(2).any(0)
 
 
 def _removed(dense: nn.Module, coupling: Coupling) -> Records:
     consumer = coupling.consumer
-    tensors = pack(dense_weight(dense.get_submodule(consumer)), NARROW, removed="columns")
+    tensors = pack(pruned_weight(dense.get_submodule(consumer)), NARROW, removed="columns")
     records = {consumer: _record(dense, consumer, tensors, removed="columns")}
     for name in coupling.producers:
-        weight = dense_weight(dense.get_submodule(name))
+        weight = pruned_weight(dense.get_submodule(name))
         narrow = pack(weight, NARROW, removed="rows", rows=tensors["columns"])
         records[name] = _record(dense, name, narrow, removed="rows", consumer=consumer)
     return records
@@ -116,7 +116,7 @@ def _removed(dense: nn.Module, coupling: Coupling) -> Records:
 
 def _record(dense: nn.Module, name: str, tensors: dict[str, Tensor], **removed: str) -> Any:
     module = dense.get_submodule(name)
-    rows, columns = dense_weight(module).shape
+    rows, columns = pruned_weight(module).shape
     return make_record(tensors, NARROW, (rows, columns), transposed=is_conv1d(module), **removed)
 
 
@@ -127,11 +127,11 @@ def _in_order(dense: nn.Module, coupling: Coupling) -> bool:
     order = torch.arange(size)
     return (
         torch.equal(columns.sort().values, order)
-        and dense_weight(dense.get_submodule(coupling.consumer)).shape[1] == size
+        and pruned_weight(dense.get_submodule(coupling.consumer)).shape[1] == size
         and all(
             rows.shape[1] == 1
             and torch.equal(rows.flatten().cpu(), columns)
-            and dense_weight(dense.get_submodule(name)).shape[0] == size
+            and pruned_weight(dense.get_submodule(name)).shape[0] == size
             for name, rows in coupling.producers.items()
         )
     )
@@ -142,7 +142,7 @@ def _unfeed(dense: nn.Module, coupling: Coupling) -> None:
     unread = _unread(dense, coupling)
     for name, rows in coupling.producers.items():
         module: Any = dense.get_submodule(name)
-        weight = dense_weight(module).clone()
+        weight = pruned_weight(module).clone()
         weight[rows.to(weight.device)[unread].flatten()] = 0
         stored = weight.T.contiguous() if is_conv1d(module) else weight
         module.weight = nn.Parameter(stored, requires_grad=module.weight.requires_grad)
@@ -150,12 +150,12 @@ def _unfeed(dense: nn.Module, coupling: Coupling) -> None:
 
 def _bytes(dense: nn.Module, names: Sequence[str]) -> Iterator[int]:
     for name in names:
-        yield dense_weight(dense.get_submodule(name)).nbytes
+        yield pruned_weight(dense.get_submodule(name)).nbytes
 
 
 def _least_bytes(dense: nn.Module, names: Sequence[str], block_shapes: Sequence[tuple[int, int]]) -> Iterator[int]:
     """Of the forms that keep all neurons."""
     for name in names:
-        weight = dense_weight(dense.get_submodule(name))
+        weight = pruned_weight(dense.get_submodule(name))
         costs = stored_bytes(weight, block_shapes)
         yield min([weight.nbytes, *(cost for (structure, _), cost in costs.items() if structure != NARROW)])

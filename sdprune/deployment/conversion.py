@@ -25,7 +25,7 @@ from sdprune.deployment.storage import (
     unpack,
 )
 from sdprune.masking.layers import MaskedLinear
-from sdprune.masking.linears import is_conv1d, matrix
+from sdprune.masking.linears import is_conv1d
 
 Model = TypeVar("Model", bound=nn.Module)
 Records = dict[str, LayerRecord]
@@ -79,21 +79,12 @@ def is_dense(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, MaskedLinear) or is_conv1d(module)
 
 
-def dense_weight(module: Any) -> Tensor:
-    """Return the weight (out, in) of a dense layer, with its zeros; detached."""
-    if not is_conv1d(module):
-        return pruned_weight(module)
-    weight = matrix(module).detach()
-    mask = getattr(module, "bit_mask", None)
-    return weight if mask is None else weight.masked_fill(~mask.to_bool(), 0)
-
-
 def dense_layer(module: Any, *, transposed: bool = False) -> nn.Module:
     """Return the dense layer of a sparse or masked one, the bias shared; Conv1D where `transposed`."""
     if isinstance(module, SPARSE):
         linear = module.to_linear()
         return _linear(linear.weight.detach(), linear.bias, transposed, linear.weight.requires_grad)
-    return _linear(dense_weight(module), module.bias, is_conv1d(module), module.weight.requires_grad)
+    return _linear(pruned_weight(module), module.bias, is_conv1d(module), module.weight.requires_grad)
 
 
 def dense_copy(model: Model, records: Mapping[str, LayerRecord] | None = None) -> Model:
@@ -138,7 +129,7 @@ def find_records(
     records: Records = {}
     for name in dense_names(dense):
         module = dense.get_submodule(name)
-        weight = dense_weight(module)
+        weight = pruned_weight(module)
         if choices is None:
             structure, block_shape = choose(weight, block_shapes)
         elif name in choices:
@@ -157,9 +148,9 @@ def pack_layer(dense: nn.Module, name: str, record: LayerRecord, records: Mappin
     rows = None
     if record.consumer is not None:
         consumer = records[record.consumer]
-        weight = dense_weight(dense.get_submodule(record.consumer))
+        weight = pruned_weight(dense.get_submodule(record.consumer))
         rows = pack(weight, NARROW, removed=consumer.removed)["columns"]
-    weight = dense_weight(dense.get_submodule(name))
+    weight = pruned_weight(dense.get_submodule(name))
     return pack(weight, record.structure, record.block_shape, removed=record.removed, rows=rows)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sdprune.config import SDPruneConfig
 from sdprune.deployment.compact import remove_neurons
-from sdprune.deployment.conversion import Records, dense_copy, dense_names, dense_weight, find_records, store
+from sdprune.deployment.conversion import Records, dense_copy, dense_names, find_records, store
 from sdprune.deployment.plan import BLOCK_SHAPES
 from sdprune.deployment.plan_record import Plan
+from sdprune.deployment.sparse_linear import pruned_weight
 from sdprune.deployment.storage import NARROW, UNSTRUCTURED
 from sdprune.files import new_directory
 from sdprune.masking.coupling import find_couplings
@@ -142,7 +143,7 @@ def _records(dense: Any, config: SDPruneConfig | None, plan: Plan | None) -> Rec
 
 
 def _without_neurons(dense: Any, block_shapes: tuple[tuple[int, int], ...]) -> Records:
-    weights = (dense_weight(dense.get_submodule(name)) for name in dense_names(dense))
+    weights = (pruned_weight(dense.get_submodule(name)) for name in dense_names(dense))
     if all(bool((weight != 0).any(0).all()) for weight in weights):
         return {}  # no column is empty
     try:
@@ -155,7 +156,7 @@ def _without_neurons(dense: Any, block_shapes: tuple[tuple[int, int], ...]) -> R
 def _check_plan(dense: Any, plan: Plan) -> None:
     names = set(dense_names(dense))
     for layer in plan.layers:
-        shape = tuple(dense_weight(dense.get_submodule(layer.name)).shape) if layer.name in names else None
+        shape = tuple(pruned_weight(dense.get_submodule(layer.name)).shape) if layer.name in names else None
         if shape != tuple(layer.shape):
             raise ValueError(
                 f"plan must be of this model: its layer {layer.name!r} has shape {tuple(layer.shape)}, got {shape}"

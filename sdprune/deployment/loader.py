@@ -25,7 +25,6 @@ from sdprune.deployment.conversion import (
     Records,
     dense_copy,
     dense_names,
-    dense_weight,
     find_records,
     make_layer,
     pack_layer,
@@ -33,6 +32,7 @@ from sdprune.deployment.conversion import (
 )
 from sdprune.deployment.plan import BLOCK_SHAPES
 from sdprune.deployment.quantization_config import METHOD, SDPruneQuantizationConfig
+from sdprune.deployment.sparse_linear import pruned_weight
 from sdprune.deployment.storage import (
     INDICES,
     NARROW,
@@ -334,7 +334,7 @@ def _name_in_model(model: Any, name: str) -> str | None:
 
 def _check_module(module: Any, record: LayerRecord, name: str) -> None:
     kind, transposed = type(module), is_conv1d(module)
-    shape = tuple(dense_weight(module).shape) if transposed or isinstance(module, nn.Linear) else None
+    shape = tuple(pruned_weight(module).shape) if transposed or isinstance(module, nn.Linear) else None
     if shape != record.shape or transposed != record.transposed:
         raise ValueError(
             f"config.json: quantization_config.modules[{name!r}] has shape {list(record.shape)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 from sdp_kernels import BitMask, BlockSparseMatrix, block_sparse_linear
 from sdp_kernels.block_sparse_linear.matrix import BlockLists
 from sdprune.masking.layers import MaskedLinear
+from sdprune.masking.linears import matrix
 
 _LISTS = tuple(field.name for field in fields(BlockLists))
 _STORED = ("values", "crow_indices", "col_indices")
@@ -95,14 +97,14 @@ class BlockSparseLinear(nn.Module):
         """
         if mask is None and isinstance(linear, MaskedLinear):
             mask = linear.bit_mask
-        matrix = BlockSparseMatrix.from_dense(linear.weight, _checked_shape(block_shape), mask)
+        packed = BlockSparseMatrix.from_dense(pruned_weight(linear), _checked_shape(block_shape), mask)
         layer = cls(
-            linear.in_features, linear.out_features, matrix.block_shape, matrix.values.shape[0], False, device="meta"
+            linear.in_features, linear.out_features, packed.block_shape, packed.values.shape[0], False, device="meta"
         )
-        layer.values = nn.Parameter(matrix.values, requires_grad=linear.weight.requires_grad)
-        layer.crow_indices, layer.col_indices = matrix.crow_indices, matrix.col_indices
+        layer.values = nn.Parameter(packed.values, requires_grad=linear.weight.requires_grad)
+        layer.crow_indices, layer.col_indices = packed.crow_indices, packed.col_indices
         layer.bias = linear.bias
-        layer._set_lists(matrix.lists)
+        layer._set_lists(packed.lists)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
@@ -141,8 +143,8 @@ class BlockSparseLinear(nn.Module):
             ValueError: indices that are out of range or not sorted.
         """
         shape = (self.out_features, self.in_features)
-        matrix = BlockSparseMatrix(self.values, self.crow_indices, self.col_indices, shape, self.block_shape)
-        self._set_lists(matrix.lists)
+        checked = BlockSparseMatrix(self.values, self.crow_indices, self.col_indices, shape, self.block_shape)
+        self._set_lists(checked.lists)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to rows in the last dimension of `input`."""
@@ -278,10 +280,13 @@ class NarrowLinear(nn.Module):
         )
 
 
-def pruned_weight(linear: nn.Linear) -> Tensor:
-    """Return the weight with its zeros, also of a masked layer that keeps the values under them; detached."""
-    weight = linear.weight.detach()
-    return weight.masked_fill(~linear.bit_mask.to_bool(), 0) if isinstance(linear, MaskedLinear) else weight
+def pruned_weight(linear: nn.Module) -> Tensor:
+    """Return the weight (out, in) with its zeros, also of a masked layer that keeps the values under them; detached.
+
+    Gates that multiply the weights (`MaskedLinear.settle`) are part of it; the layer stays as it is.
+    """
+    dense = copy.deepcopy(linear).to_dense() if isinstance(linear, MaskedLinear) else linear
+    return matrix(dense).detach()
 
 
 def _checked_shape(block_shape: Any) -> tuple[int, int]:

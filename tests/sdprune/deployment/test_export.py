@@ -71,6 +71,42 @@ def test_a_dense_model_with_zeros_reports_them(pruned, tmp_path):
     assert list(layers.values()) == pytest.approx([0.7] * 12, abs=1e-3)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+@pytest.mark.parametrize("form", ["plain", "compact"])
+@pytest.mark.parametrize(
+    ("criterion", "structure"), [("magnitude", "block"), ("movement", "unstructured"), ("l0", "block")]
+)
+def test_a_model_that_is_still_masked(make_dense, architecture, form, criterion, structure, tmp_path):
+    """Scores and masks stay out, values under the masks too; the gates of l0 are in the weights."""
+    auto_class, model = make_dense(architecture)
+    names = list(model.state_dict())
+    sides = {"block_shape": (16, 16)} if structure == "block" else {}
+    config = SDPruneConfig(criterion=criterion, structure=structure, **sides)
+    mask_model(model, config)
+    for layer in masked_layers(model).values():
+        if layer.score is not None:
+            layer.score.normal_(2.0)
+            layer.score_steps += 1
+    prune_step(model, config, 0.8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    variant = "compact" if form == "compact" else None
+    folder = export(model, tmp_path / "model", form, config=config)
+    for file in folder.glob("*.safetensors"):
+        assert not any("score" in name for name in load_file(file))
+    assert list(load_file(folder / "model.safetensors")) == sorted(set(names) - {"lm_head.weight"})
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    found = auto_class.from_pretrained(folder, variant=variant).eval()
+    unswap(model)
+    ids = torch.arange(3, 19)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    layers = json.loads((folder / "config.json").read_text())["sdprune"]["layers"]
+    assert sum(layers.values()) / len(layers) == pytest.approx(0.8, abs=0.02)
+    if form == "plain":
+        assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_exact(model, tmp_path, dtype):
     model.to(dtype)
