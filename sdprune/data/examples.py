@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
@@ -11,29 +11,42 @@ from torch.utils.data import Dataset
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+IGNORED_LABEL = -100
 _TOKENIZER_BATCH = 1000
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled text.
+    """Labelled text, or words that each have a label.
 
     Args:
-        texts: one or two texts a row, equally many in every row.
-        labels: index of the class, or a number to be predicted, of every row.
+        texts: one or two texts a row, equally many in every row; or the words of every row.
+        labels: index of the class, or a number to be predicted, of every row; or the classes of a row's words.
+
+    Raises:
+        ValueError: there are not as many labels as rows or words, or neither one text in every row nor two.
     """
 
     texts: tuple[tuple[str, ...], ...]
-    labels: tuple[int, ...] | tuple[float, ...]
+    labels: tuple[int, ...] | tuple[float, ...] | tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
             raise ValueError(f"{len(self.texts)} rows of text have {len(self.labels)} labels")
-        if {len(row) for row in self.texts} not in (set(), {1}, {2}):
+        if self.tagged:
+            for row, (words, tags) in enumerate(zip(self.texts, self.labels, strict=True)):
+                if not isinstance(tags, tuple) or len(words) != len(tags):
+                    raise ValueError(f"texts[{row}] holds {len(words)} words, but its labels are {tags!r}")
+        elif {len(row) for row in self.texts} not in (set(), {1}, {2}):
             raise ValueError("texts must hold one text in every row or two in every row")
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def tagged(self) -> bool:
+        """Whether every word has a label, and not every row."""
+        return bool(self.labels) and isinstance(self.labels[0], tuple)
 
     @property
     def queries(self) -> tuple[str, ...]:
@@ -42,18 +55,31 @@ class Examples:
 
     def select(self, rows: Sequence[int]) -> Examples:
         """Return the given rows, in the given order."""
-        return Examples(tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows))
+        labels: Any = tuple(self.labels[row] for row in rows)
+        return Examples(tuple(self.texts[row] for row in rows), labels)
+
+    def renumbered(self, order: Sequence[int]) -> Examples:
+        """Return the rows with class `order[index]` for every class `index`."""
+
+        def renumber(label: Any) -> Any:
+            return tuple(map(renumber, label)) if isinstance(label, tuple) else order[int(label)]
+
+        return replace(self, labels=renumber(self.labels))
 
 
 class EncodedExamples(Dataset[dict[str, Any]]):
-    """Tokenised rows without padding: what `transformers.DataCollatorWithPadding` expects.
+    """Tokenised rows without padding: what the data collators of transformers expect.
 
     Args:
         columns: what the tokenizer made, such as input_ids and attention_mask: a list of integers a row.
-        labels: label of every row.
+        labels: label of every row; or of every token, -100 where it has none.
     """
 
-    def __init__(self, columns: dict[str, list[list[int]]], labels: Sequence[int] | Sequence[float]) -> None:
+    def __init__(
+        self,
+        columns: dict[str, list[list[int]]],
+        labels: Sequence[int] | Sequence[float] | Sequence[Sequence[int]],
+    ) -> None:
         self.columns = columns
         self.labels = labels
 
@@ -70,19 +96,48 @@ class EncodedExamples(Dataset[dict[str, Any]]):
 
 
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedExamples:
-    """Tokenise all rows once.
+    """Tokenise all rows once. The first piece of a word has its label, the others -100.
+
+    Words that are cut off, or of which the tokenizer leaves nothing, have no label and count in no score.
 
     Args:
         examples: the rows.
         tokenizer: a transformers tokenizer.
         max_length: longest row in tokens; longer ones are cut. The tokenizer's own limit holds where it is
             smaller.
+
+    Raises:
+        ValueError: the words have labels, but the tokenizer cannot tell which word a piece belongs to.
     """
+    if examples.tagged and not tokenizer.is_fast:
+        raise ValueError(
+            "labels of words need a fast tokenizer, which knows the word of a piece, "
+            f"got the slow {type(tokenizer).__name__}"
+        )
     limit = min(max_length, tokenizer.model_max_length)
     columns: dict[str, list[list[int]]] = {}
+    tags: list[list[int]] = []
     for start in range(0, len(examples), _TOKENIZER_BATCH):
-        texts = [list(column) for column in zip(*examples.texts[start : start + _TOKENIZER_BATCH], strict=True)]
-        encoded = tokenizer(*texts, truncation=True, max_length=limit, padding=False)
+        batch = examples.select(range(start, min(start + _TOKENIZER_BATCH, len(examples))))
+        texts: list[Any] = (
+            [list(map(list, batch.texts))]
+            if examples.tagged
+            else [list(column) for column in zip(*batch.texts, strict=True)]
+        )
+        encoded = tokenizer(
+            *texts, truncation=True, max_length=limit, padding=False, is_split_into_words=examples.tagged
+        )
         for name, rows in encoded.items():
             columns.setdefault(name, []).extend(rows)
-    return EncodedExamples(columns, examples.labels)
+        if examples.tagged:
+            tags += [_first_pieces(encoded.word_ids(row), labels) for row, labels in enumerate(batch.labels)]
+    return EncodedExamples(columns, tags if examples.tagged else examples.labels)
+
+
+def _first_pieces(words: Sequence[int | None], labels: Any) -> list[int]:
+    """Return the label of every token, from the word that each belongs to."""
+    before = [None, *words[:-1]]
+    return [
+        IGNORED_LABEL if word is None or word == last else labels[word]
+        for word, last in zip(words, before, strict=True)
+    ]

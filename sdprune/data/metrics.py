@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,10 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from sdprune.data.tasks import Task
 
+from sdprune.data.examples import IGNORED_LABEL
+
 Array = npt.NDArray[Any]
+SPAN_PREFIXES = ("B", "I", "E", "S")
 
 
 def compute(
@@ -19,35 +23,50 @@ def compute(
     logits: npt.ArrayLike,
     labels: npt.ArrayLike,
     queries: Sequence[str] | None = None,
+    label_names: Sequence[str] = (),
 ) -> dict[str, float]:
     """Score the outputs of a model.
 
     Args:
-        task_metrics: names among "accuracy", "macro_f1", "f1" (of class 1), "matthews", "pearson", "spearman" and
-            "ndcg".
-        logits: (rows, classes); (rows,) or (rows, 1) where numbers are predicted.
-        labels: (rows,).
+        task_metrics: names among "accuracy", "macro_f1", "f1" (of class 1), "matthews", "pearson", "spearman", "ndcg"
+            and "span_f1".
+        logits: (rows, classes); (rows,) or (rows, 1) where numbers are predicted; (rows, length, classes) where every
+            token has a label.
+        labels: (rows,) or (rows, length), where tokens with the label -100 do not count.
         queries: what every row answers, for "ndcg": rows of equal queries are ranked against each other.
+        label_names: names of the classes, for "span_f1": tags such as "B-PER" and "O" (`spans`).
 
     Raises:
-        ValueError: an unknown name, shapes that do not fit, no rows, no queries, or outputs that are not finite.
+        ValueError: an unknown name, shapes that do not fit, nothing to score, no queries, or outputs that are not
+            finite.
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
-    if labels.ndim != 1 or len(labels) == 0 or len(logits) != len(labels):
+    if labels.ndim not in (1, 2) or len(labels) == 0 or logits.shape[: labels.ndim] != labels.shape:
         raise ValueError(f"logits {logits.shape} and labels {labels.shape} must have the same rows, at least one")
     if not np.isfinite(logits).all():
         raise ValueError("the model's outputs hold NaN or infinity: it has diverged")
     for name in task_metrics:
-        if name not in (*_METRICS, "ndcg"):
-            raise ValueError(f"unknown metric {name!r}; known are {', '.join((*_METRICS, 'ndcg'))}")
+        if name not in (*_METRICS, "ndcg", "span_f1"):
+            raise ValueError(f"unknown metric {name!r}; known are {', '.join((*_METRICS, 'ndcg', 'span_f1'))}")
+    counted = labels != IGNORED_LABEL if labels.ndim == 2 else ...
+    flat_logits, flat_labels = logits[counted], labels[counted]
+    if not len(flat_labels):
+        raise ValueError("no token has a label")
     scores = {}
     for name in task_metrics:
-        if name == "ndcg":
-            if queries is None or len(queries) != len(labels):
+        if name == "span_f1":
+            if labels.ndim != 2 or not is_span_scheme(label_names):
+                raise ValueError(
+                    "the metric 'span_f1' needs labels (rows, length) and label_names such as 'B-PER', 'I-PER' and "
+                    f"'O', got {labels.shape} and {', '.join(label_names) or 'none'}"
+                )
+            scores[name] = _span_f1(labels, logits, label_names)
+        elif name == "ndcg":
+            if queries is None or len(queries) != len(flat_labels):
                 raise ValueError("the metric 'ndcg' ranks rows of equal queries, and needs one query a row")
-            scores[name] = _ndcg(labels, logits, queries)
+            scores[name] = _ndcg(flat_labels, flat_logits, queries)
         else:
-            scores[name] = float(_METRICS[name](labels, logits))
+            scores[name] = float(_METRICS[name](flat_labels, flat_logits))
     return scores
 
 
@@ -162,6 +181,47 @@ def _ndcg(labels: Array, logits: Array, queries: Sequence[str]) -> float:
         if rows.sum() > 1 and labels[rows].any():
             values.append(ndcg_score(2.0 ** labels[rows][None] - 1.0, expected[rows][None]))
     return float(np.mean(values)) if values else 0.0
+
+
+def is_span_scheme(label_names: Sequence[str]) -> bool:
+    """Tell whether tags mark spans: every one is "O", or B, I, E or S, a hyphen and a kind, and there is a kind."""
+    marks = [name for name in label_names if name != "O"]
+    return bool(marks) and all(name.partition("-")[0] in SPAN_PREFIXES and name[2:] for name in marks)
+
+
+def spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield the kind, the first place and the place behind the last of every span that a row of tags marks.
+
+    As the script conlleval of the CoNLL shared tasks reads them, which takes tags that fit no scheme as well: a span
+    begins at B or S, and at I or E where none of its kind is open; it ends before B, S or another kind, and after E
+    or S (https://www.clips.uantwerpen.be/conll2003/ner/).
+    """
+    kind, start = "", 0
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, _, own = tag.partition("-")
+        if kind and (prefix in ("O", "B", "S") or own != kind):
+            yield kind, start, place
+            kind = ""
+        if prefix == "O":
+            continue
+        if not kind:
+            kind, start = own, place
+        if prefix in ("E", "S"):
+            yield kind, start, place + 1
+            kind = ""
+
+
+def _span_f1(labels: Array, logits: Array, label_names: Sequence[str]) -> float:
+    """Return F1 over all spans, right where kind and both ends are; 0 where neither side has any."""
+    found: Counter[str] = Counter()
+    for row, outputs in zip(labels, logits, strict=True):
+        counted = row != IGNORED_LABEL
+        ours, theirs = (
+            set(spans([label_names[index] for index in indices]))
+            for indices in (outputs[counted].argmax(-1), row[counted])
+        )
+        found.update(right=len(ours & theirs), all=len(ours) + len(theirs))
+    return 2.0 * found["right"] / found["all"] if found["all"] else 0.0
 
 
 _METRICS: dict[str, Callable[[Array, Array], float]] = {

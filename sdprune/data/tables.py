@@ -1,4 +1,4 @@
-"""Labelled text in a user's CSV, TSV, JSONL or Parquet file."""
+"""Labelled text in a user's CSV, TSV, JSONL or Parquet file; the last two may hold words with a tag each."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ class Table:
 
     Args:
         path: the file.
-        texts: one or two texts a row.
-        labels: label of every row.
+        texts: one or two texts a row; or the words of every row.
+        labels: labels of every row: one, or one a word.
         groups: group of every row, or None.
+        tagged: whether the words have the labels, and not the rows.
     """
 
     path: Path
     texts: tuple[tuple[str, ...], ...]
-    labels: tuple[str | int | float, ...]
+    labels: tuple[tuple[str | int | float, ...], ...]
     groups: tuple[str, ...] | None
+    tagged: bool
 
     def class_names(self) -> tuple[str, ...]:
         """Return the sorted names of the classes; none if the labels are numbers that are not all whole.
@@ -38,9 +40,9 @@ class Table:
         Raises:
             ValueError: all labels are equal.
         """
-        distinct = set(self.labels)
+        distinct = {label for labels in self.labels for label in labels}
         if len(distinct) == 1:
-            raise ValueError(f"{self.path} holds a single class, {str(self.labels[0])!r}; two are needed")
+            raise ValueError(f"{self.path} holds a single class, {str(*distinct)!r}; two are needed")
         if any(isinstance(label, str) for label in distinct):
             return tuple(sorted(map(str, distinct)))
         if any(isinstance(label, float) for label in distinct):
@@ -54,7 +56,7 @@ class Table:
             ValueError: a label is no class, or no number; the message names the row.
         """
         index = {name: place for place, name in enumerate(class_names)}
-        for row, label in enumerate(self.labels, start=1):
+        for row, label in ((row, label) for row, labels in enumerate(self.labels, start=1) for label in labels):
             if class_names and str(label) not in index:
                 raise ValueError(
                     f"{self.path} row {row}: the training rows never have the label {str(label)!r}, "
@@ -64,13 +66,18 @@ class Table:
                 raise ValueError(
                     f"{self.path} row {row}: the label {label!r} is no number, but the training labels are"
                 )
-        if class_names:
-            return Examples(self.texts, tuple(index[str(label)] for label in self.labels))
-        return Examples(self.texts, tuple(map(float, self.labels)))
+        if self.tagged:
+            return Examples(self.texts, tuple(tuple(index[str(tag)] for tag in tags) for tags in self.labels))
+        labels = [label for (label,) in self.labels]
+        return Examples(
+            self.texts, tuple((index[str(label)] for label in labels) if class_names else map(float, labels))
+        )
 
 
 def read_table(path: Path, config: DataConfig, *, grouped: bool) -> Table:
     """Read the columns that `config` names; rows in messages are counted from 1 after any header.
+
+    Where the text column holds lists, these are words, and the label column holds lists of as many tags.
 
     Args:
         path: the file; its extension tells the format.
@@ -78,8 +85,8 @@ def read_table(path: Path, config: DataConfig, *, grouped: bool) -> Table:
         grouped: read the group column too, if one is named.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, it has no rows, a column is missing, or a row has no
-            text, label or group.
+        ValueError: there is no such file, it cannot be read, it has no rows, a column is missing, a row has no
+            text, label or group, or not as many tags as words.
     """
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
@@ -106,10 +113,22 @@ def read_table(path: Path, config: DataConfig, *, grouped: bool) -> Table:
             raise ValueError(f"{path} row {parsed.index(None) + 1} has no {what} in column {name!r}")
         return parsed
 
-    texts = [cells(name, _parse_text, "text") for name in text_names]
-    labels = cells(config.label_column, _parse_label, "label")
     groups = tuple(cells(group_name, _parse_text, "group")) if group_name else None
-    return Table(path, tuple(zip(*texts, strict=True)), tuple(labels), groups)
+    if not any(isinstance(cell, list) for cell in columns[config.text_column]):
+        texts = [cells(name, _parse_text, "text") for name in text_names]
+        labels = cells(config.label_column, _parse_label, "label")
+        return Table(path, tuple(zip(*texts, strict=True)), tuple((label,) for label in labels), groups, False)
+    if config.text_pair_column:
+        raise ValueError(f"{path}: column {config.text_column!r} holds lists of words, which have no text_pair_column")
+    words = cells(config.text_column, lambda cell: _parse_list(cell, _parse_text), "list of words")
+    tags = cells(config.label_column, lambda cell: _parse_list(cell, _parse_tag), "list of tags")
+    for row, pair in enumerate(zip(words, tags, strict=True), start=1):
+        if len(pair[0]) != len(pair[1]):
+            raise ValueError(
+                f"{path} row {row} has {len(pair[0])} words in column {config.text_column!r}, "
+                f"but {len(pair[1])} tags in column {config.label_column!r}"
+            )
+    return Table(path, tuple(words), tuple(tags), groups, True)
 
 
 def first_line(error: BaseException) -> str:
@@ -133,6 +152,17 @@ def _parse_label(cell: Any) -> str | int | float | None:
     if not math.isfinite(number):
         return str(label).strip()
     return int(number) if number.is_integer() else number
+
+
+def _parse_tag(cell: Any) -> str | int | None:
+    label = _parse_label(cell)
+    return None if isinstance(label, float) else label
+
+
+def _parse_list(cell: Any, parse: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+    """Return the parsed entries of a list; None for anything else, for no entries, and where one cannot be parsed."""
+    parsed = tuple(map(parse, cell)) if isinstance(cell, list) else ()
+    return parsed if parsed and None not in parsed else None
 
 
 def _scalar(cell: Any) -> str | int | float | None:
@@ -184,7 +214,10 @@ def _read_parquet(path: Path) -> Columns:
 
     # nullable types: a column of whole numbers with gaps stays one
     frame = pandas.read_parquet(path, dtype_backend="numpy_nullable")
-    return {str(name): frame[name].tolist() for name in frame.columns}
+    return {
+        str(name): [cell.tolist() if hasattr(cell, "tolist") else cell for cell in frame[name].tolist()]
+        for name in frame.columns
+    }
 
 
 FORMATS: dict[str, Callable[[Path], Columns]] = {

@@ -8,13 +8,14 @@ import difflib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from sdprune.data.examples import EncodedExamples, Examples, encode
+from sdprune.data.metrics import is_span_scheme
 from sdprune.data.multilingual import foreign_reviews
 from sdprune.data.sample import sample_reviews
 from sdprune.data.splits import split_grouped, split_stratified, stratified_order
-from sdprune.data.tables import FORMATS, first_line, read_table
+from sdprune.data.tables import FORMATS, Table, first_line, read_table
 from sdprune.data.xglue import XGLUE, load_xglue
 from sdprune.recipe import DataConfig
 
@@ -27,6 +28,7 @@ MOVIE_REVIEWS = "movie-reviews"
 MULTILINGUAL_REVIEWS = "multilingual-reviews"
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
 REGRESSION_METRICS = ("pearson", "spearman")
+SPAN_METRICS = ("span_f1", "accuracy")
 
 
 class _GlueTask(NamedTuple):
@@ -55,7 +57,7 @@ TASKS = (MOVIE_REVIEWS, MULTILINGUAL_REVIEWS, *_GLUE, *XGLUE)
 
 @dataclass(frozen=True)
 class Task:
-    """Labelled text in three parts.
+    """Labelled text in three parts. Where words have the labels (`tagged`), the classes are those of words.
 
     Args:
         name: name of the task, or the file of its training rows.
@@ -86,6 +88,11 @@ class Task:
         )
 
     @property
+    def tagged(self) -> bool:
+        """Whether every word has a label, and not every row."""
+        return self.train.tagged
+
+    @property
     def num_labels(self) -> int:
         """Outputs that a model of the task has."""
         return len(self.label_names) or 1
@@ -101,6 +108,8 @@ def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
     XGLUE: trained, validated and tested on English; the test rows of the other languages are reported apart.
     Files: parts without a file of their own are held out of the training rows: whole groups if there are
     groups, with equal class balance otherwise. Labels that are numbers, not all whole, are predicted as numbers.
+    Where the text column holds lists of words, every word has a label: tags such as "B-PER" and "O" are scored by
+    the spans they mark.
 
     Args:
         config: the names of the data and its columns.
@@ -191,20 +200,36 @@ def _load_files(config: DataConfig) -> Task:
     parts = dict(zip(split._fields, map(rows.select, split), strict=True))
     for part, file in (("validation", config.validation_data), ("test", config.test_data)):
         if file:
-            parts[part] = read_table(Path(file), config, grouped=False).examples(names)
+            parts[part] = _read_part(Path(file), config, table)
     for part, examples in parts.items():
         if len(examples) == 0:
             raise ValueError(f"{table.path} has too few rows or groups: none is left for the {part} part")
-        unseen = set(examples.labels) - set(parts["train"].labels) if names else set()
+        unseen = set(examples.labels) - set(parts["train"].labels) if names and not table.tagged else set()
         if unseen:
-            label = names[int(min(unseen))]
+            label = names[int(cast(int, min(unseen)))]
             raise ValueError(f"label {label!r} occurs in the {part} part, but in no training row")
-    metrics = CLASSIFICATION_METRICS if names else REGRESSION_METRICS
-    return Task(config.data, names, parts["train"], parts["validation"], parts["test"], metrics)
+    return Task(config.data, names, parts["train"], parts["validation"], parts["test"], _metrics(names, table.tagged))
+
+
+def _read_part(path: Path, config: DataConfig, trained: Table) -> Examples:
+    table = read_table(path, config, grouped=False)
+    if table.tagged != trained.tagged:
+        kinds = {True: "lists of words", False: "text"}
+        raise ValueError(
+            f"{path} holds {kinds[table.tagged]} in column {config.text_column!r}, "
+            f"but {trained.path} holds {kinds[trained.tagged]}"
+        )
+    return table.examples(trained.class_names())
+
+
+def _metrics(label_names: Sequence[str], tagged: bool) -> tuple[str, ...]:
+    if tagged and is_span_scheme(label_names):
+        return SPAN_METRICS
+    return CLASSIFICATION_METRICS if label_names else REGRESSION_METRICS
 
 
 def _strata(examples: Examples, label_names: Sequence[str]) -> Sequence[Hashable]:
-    return examples.labels if label_names else [None] * len(examples)
+    return examples.labels if label_names and not examples.tagged else [None] * len(examples)
 
 
 def _limited(task: Task, config: DataConfig) -> Task:

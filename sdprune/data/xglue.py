@@ -1,4 +1,4 @@
-"""The classification and matching tasks of XGLUE: trained on English, tested on every language.
+"""The classification, matching and tagging tasks of XGLUE: trained on English, tested on every language.
 
 XGLUE (Liang et al. 2020, https://arxiv.org/abs/2004.01401; https://huggingface.co/datasets/microsoft/xglue). The hub's
 data set is a script, which `datasets` no longer runs; what is read is the Parquet copy that the hub makes of it.
@@ -21,20 +21,43 @@ class XglueTask(NamedTuple):
     """How one task is stored.
 
     Args:
-        text_columns: the columns of the first text and of the second one; several are joined by a space.
-        label_column: column of the label.
+        text_columns: the columns of the first text and of the second one; several are joined by a space. Or the one
+            column of the words, where these are tagged.
+        label_column: column of the label, or of the tags.
         label_names: names of the classes in the data set's own order.
         languages: languages with test rows, besides English.
         metrics: the one that XGLUE reports first.
+        tagged: whether every word has a label.
     """
 
-    text_columns: tuple[tuple[str, ...], tuple[str, ...]]
+    text_columns: tuple[tuple[str, ...], ...]
     label_column: str
     label_names: tuple[str, ...]
     languages: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy", "macro_f1")
+    tagged: bool = False
 
 
+_ENTITIES = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
+_PARTS_OF_SPEECH = (
+    "ADJ",
+    "ADP",
+    "ADV",
+    "AUX",
+    "CCONJ",
+    "DET",
+    "INTJ",
+    "NOUN",
+    "NUM",
+    "PART",
+    "PRON",
+    "PROPN",
+    "PUNCT",
+    "SCONJ",
+    "SYM",
+    "VERB",
+    "X",
+)
 _RELEVANCE = ("Bad", "Fair", "Good", "Excellent", "Perfect")
 _NEWS = (
     "foodanddrink",
@@ -66,6 +89,14 @@ XGLUE = {
         ("ndcg", "accuracy"),
     ),
     "nc": XglueTask((("news_title",), ("news_body",)), "news_category", _NEWS, ("de", "es", "fr", "ru")),
+    "ner": XglueTask((("words",),), "ner", _ENTITIES, ("de", "es", "nl"), ("span_f1", "accuracy"), tagged=True),
+    "pos": XglueTask(
+        (("words",),),
+        "pos",
+        _PARTS_OF_SPEECH,
+        ("de", "es", "nl", "bg", "el", "fr", "pl", "tr", "vi", "zh", "ur", "hi", "it", "ar", "ru", "th"),
+        tagged=True,
+    ),
 }
 
 
@@ -88,7 +119,7 @@ def load_xglue(name: str, repository: str = REPOSITORY, revision: str | None = R
 
     Raises:
         OSError: it could not be loaded.
-        ValueError: a label is no class.
+        ValueError: a label is no class, or a row has not as many tags as words.
     """
     task = XGLUE[name]
     splits = ["train", f"validation.{TRAINED}", *(f"test.{language}" for language in (TRAINED, *task.languages))]
@@ -106,17 +137,23 @@ def load_xglue(name: str, repository: str = REPOSITORY, revision: str | None = R
 
 
 def _examples(part: Any, task: XglueTask, split: str) -> Examples:
-    texts = [
-        [" ".join(pieces) for pieces in zip(*(part[column] for column in columns), strict=True)]
-        for columns in task.text_columns
-    ]
     number = {name: index for index, name in enumerate(task.label_names)}
-    labels = []
-    for row, label in enumerate(part[task.label_column], start=1):
+
+    def class_of(label: Any, row: int) -> int:
         index = label if isinstance(label, int) else number.get(label, -1)
         if not 0 <= index < len(task.label_names):
             raise ValueError(
                 f"{split} row {row}: {task.label_column} is {label!r}, none of {', '.join(task.label_names)}"
             )
-        labels.append(index)
-    return Examples(tuple(zip(*texts, strict=True)), tuple(labels))
+        return index
+
+    rows = enumerate(part[task.label_column], start=1)
+    if task.tagged:
+        ((words,),) = task.text_columns
+        tags = tuple(tuple(class_of(tag, row) for tag in labels) for row, labels in rows)
+        return Examples(tuple(map(tuple, part[words])), tags)
+    texts = [
+        [" ".join(pieces) for pieces in zip(*(part[column] for column in columns), strict=True)]
+        for columns in task.text_columns
+    ]
+    return Examples(tuple(zip(*texts, strict=True)), tuple(class_of(label, row) for row, label in rows))

@@ -167,7 +167,7 @@ def test_bad_rows(rows, options, message, suffix, tmp_path):
         ("data.csv", "text,label\n", "has no rows"),
         ("data.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "could not be read: line 2 is no JSON"),
         ("data.jsonl", "[1]\n", "line 1 is no JSON object"),
-        ("data.jsonl", '{"text": ["a"], "label": 1}\n', "row 1 has no text"),
+        ("data.jsonl", '{"text": ["a"], "label": 1}\n', "row 1 has no list of tags"),
         ("data.jsonl", '{"text": "a", "label": NaN}\n', "row 1 has no label"),
         ("data.jsonl", "", "no column 'text'; its columns are none"),
         ("data.parquet", "text", "could not be read"),
