@@ -18,6 +18,7 @@ Form = Literal["gram", "matrix"]
 
 MATRIX_CHUNK_ELEMENTS = 2**24  # of C at a time: 64 MiB in float32
 CACHED_ELEMENTS = 2**17  # of a temporary that is made, read once and dropped
+FEW_ROWS = 128  # up to which the Triton kernels of the Gram form hold whole columns
 
 
 class Options(NamedTuple):

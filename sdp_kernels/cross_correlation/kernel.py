@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sdp_kernels.cross_correlation import kernel_columns, kernel_small
-from sdp_kernels.cross_correlation.forms import Options, chunk_rows
-from sdp_kernels.cross_correlation.kernel_columns import BLOCK_BATCH, BLOCK_DIM, normalise, row_chunks
+from sdp_kernels.cross_correlation.forms import FEW_ROWS, Options, chunk_rows
+from sdp_kernels.cross_correlation.kernel_columns import BLOCK_BATCH, BLOCK_DIM, Columns, normalise, row_chunks
 from sdp_kernels.cross_correlation.kernel_tiles import (
     load_tile,
     load_units,
@@ -31,105 +31,97 @@ from sdp_kernels.spec import KernelConfig
 
 LOSS_ROWS, LOSS_COLUMNS = 32, 128  # one tile of C
 
+Products = tuple[Tensor | None, Tensor | None]  # what gradients by student and teacher are made of; None if not asked
+
 
 @on_its_device
 def loss_and_gradients(
-    student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options
+    student: Tensor,
+    teacher: Tensor,
+    sample_weight: Tensor | None,
+    options: Options,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As cpu.loss_and_gradients, in float32; inputs of one half-precision dtype are multiplied in it."""
+    """As cpu.loss_and_gradients, in float32; inputs of one half-precision dtype are multiplied in it.
+
+    Args:
+        student: (batch, dim).
+        teacher: (batch, dim).
+        sample_weight: (batch,) or None.
+        options: what to compute.
+        statistics: what a product may have taken of the columns already, so that no kernel reads them for that alone:
+            (parts, 5, dim) float32, of parts of the rows: their weight; mean of the student's columns and squares
+            about it; the same of the teacher's.
+    """
     student, teacher = student.contiguous(), teacher.contiguous()
     if sample_weight is not None:
         sample_weight = sample_weight.float().contiguous()
-    few_rows = options.form == "gram" and student.shape[0] <= kernel_small.ROWS
-    compute = kernel_small.loss_and_gradients if few_rows else _loss_and_gradients
-    return compute(student, teacher, sample_weight, options)
-
-
-def _loss_and_gradients(
-    student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
+    if statistics is None and options.form == "gram" and student.shape[0] <= FEW_ROWS:
+        return kernel_small.loss_and_gradients(student, teacher, sample_weight, options)
     batch, dim = student.shape
-    gram = options.form == "gram"
     chunks, rows = row_chunks(batch, dim)
     strips = triton.cdiv(dim, BLOCK_DIM)
-    grid = (strips, chunks)
-    left, right, columns, sums = normalise(student, teacher, sample_weight, options)
-    share = student if sample_weight is None else sample_weight
-
-    student_product, teacher_product = sums, sums  # read only if they are made below
-    need_student = options.student_gradient or (options.teacher_gradient and options.residual)
-    if gram:
-        loss_parts = sums.new_empty(strips)
-        student_product = (right @ right.T) @ left  # also without a gradient: it holds the sum of squares
-        if options.teacher_gradient:
-            teacher_product = (left @ left.T) @ right
+    unit = normalise(student, teacher, sample_weight, options, statistics)
+    if options.form == "gram":
+        loss_parts = unit.sums.new_empty(strips)
+        products = _gram_products(unit, options)
     else:
-        height = chunk_rows(dim)
-        tiles = [triton.cdiv(min(height, dim - start), LOSS_ROWS) for start in range(0, dim, height)]
-        across = triton.cdiv(dim, LOSS_COLUMNS)
-        loss_parts = sums.new_empty(strips + sum(tiles) * across)
-        filled = strips
-        if need_student:
-            student_product = torch.empty_like(left)
-        for start, down in zip(range(0, dim, height), tiles, strict=True):
-            end = min(start + height, dim)
-            correlation = left[:, start:end].T @ right
-            _correlation_loss_kernel[(down, across)](
-                correlation, loss_parts[filled:], start, end - start, dim, options.weight, LOSS_ROWS, LOSS_COLUMNS
-            )
-            filled += down * across
-            if need_student:
-                torch.mm(right, correlation.T, out=student_product[:, start:end])
-            if options.teacher_gradient:
-                part = left[:, start:end] @ correlation
-                teacher_product = part if start == 0 else teacher_product.float().add_(part)
-
+        loss_parts, products = _matrix_products(unit, options, strips)
+    shared = (
+        student,
+        teacher,
+        student if sample_weight is None else sample_weight,
+        unit.columns,
+        *(unit.sums if each is None else each for each in products),  # read only if they were made
+        unit.sums,
+    )
+    sizes = batch, dim, rows, chunks, options.weight
     flags = {
         "RESIDUAL": options.residual,
-        "GRAM": gram,
+        "GRAM": options.form == "gram",
         "STUDENT": options.student_gradient,
         "TEACHER": options.teacher_gradient,
         "HAS_WEIGHT": sample_weight is not None,
         "BLOCK_BATCH": BLOCK_BATCH,
         "BLOCK_DIM": BLOCK_DIM,
     }
-    if gram or options.student_gradient or options.teacher_gradient:
-        _along_kernel[grid](
-            student,
-            teacher,
-            share,
-            columns,
-            student_product,
-            teacher_product,
-            sums,
-            batch,
-            dim,
-            rows,
-            chunks,
-            options.weight,
-            **flags,
+    if options.form == "gram" or options.student_gradient or options.teacher_gradient:
+        _along_kernel[(strips, chunks)](*shared, *sizes, **flags)
+    results = result_like(student, options.student_gradient), result_like(teacher, options.teacher_gradient)
+    _gradient_kernel[(strips, chunks)](*shared, *results, loss_parts, *sizes, **flags)
+    return loss_parts.sum(), *results
+
+
+def _gram_products(unit: Columns, options: Options) -> Products:
+    """The products that gradients are made of; the first also without a gradient, as it holds the sum of squares."""
+    left, right = unit.left, unit.right
+    return (right @ right.T) @ left, (left @ left.T) @ right if options.teacher_gradient else None
+
+
+def _matrix_products(unit: Columns, options: Options, strips: int) -> tuple[Tensor, Products]:
+    """Parts of the loss after room for `strips`, and the same products, from a few rows of C at a time."""
+    left, right = unit.left, unit.right
+    dim, height = left.shape[1], chunk_rows(left.shape[1])
+    across = triton.cdiv(dim, LOSS_COLUMNS)
+    starts = range(0, dim, height)
+    downs = [triton.cdiv(min(height, dim - start), LOSS_ROWS) for start in starts]
+    loss_parts = unit.sums.new_empty(strips + sum(downs) * across)
+    parts = torch.split(loss_parts[strips:], [down * across for down in downs])
+    need_student = options.student_gradient or (options.teacher_gradient and options.residual)
+    student_product = torch.empty_like(left) if need_student else None
+    teacher_product: Tensor | None = None
+    for start, down, part in zip(starts, downs, parts, strict=True):
+        end = min(start + height, dim)
+        correlation = left[:, start:end].T @ right
+        _correlation_loss_kernel[(down, across)](
+            correlation, part, start, end - start, dim, options.weight, LOSS_ROWS, LOSS_COLUMNS
         )
-    student_result = result_like(student, options.student_gradient)
-    teacher_result = result_like(teacher, options.teacher_gradient)
-    _gradient_kernel[grid](
-        student,
-        teacher,
-        share,
-        columns,
-        student_product,
-        teacher_product,
-        sums,
-        student_result,
-        teacher_result,
-        loss_parts,
-        batch,
-        dim,
-        rows,
-        chunks,
-        options.weight,
-        **flags,
-    )
-    return loss_parts.sum(), student_result, teacher_result
+        if student_product is not None:
+            torch.mm(right, correlation.T, out=student_product[:, start:end])
+        if options.teacher_gradient:
+            product = left[:, start:end] @ correlation
+            teacher_product = product if teacher_product is None else teacher_product.float().add_(product)
+    return loss_parts, (student_product, teacher_product)
 
 
 @triton.jit

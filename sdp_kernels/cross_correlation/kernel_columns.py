@@ -44,20 +44,26 @@ def row_chunks(batch: int, dim: int) -> tuple[int, int]:
     return triton.cdiv(batch, rows), rows
 
 
-def normalise(student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options) -> Columns:
-    """Centre and scale the columns of both inputs to unit norm, and take their inner products."""
+def normalise(
+    student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options, statistics: Tensor | None = None
+) -> Columns:
+    """Centre and scale the columns of both inputs to unit norm, and take their inner products.
+
+    `statistics` is that of `kernel.loss_and_gradients`; if it is None, one more kernel reads the columns for it.
+    """
     batch, dim = student.shape
     chunks, rows = row_chunks(batch, dim)
     grid = (triton.cdiv(dim, BLOCK_DIM), chunks)
     left = torch.empty_like(student, dtype=product_dtype(student, teacher, options.residual))
     right = torch.empty_like(left)
-    statistics = student.new_empty(chunks, 5, dim, dtype=torch.float32)
-    sums = statistics.new_empty(chunks, 4, dim)
+    sums = student.new_empty(chunks, 4, dim, dtype=torch.float32)
     columns = sums.new_empty(4, dim)
     share = student if sample_weight is None else sample_weight
     flags = {"CENTER": options.center, "HAS_WEIGHT": sample_weight is not None}
     blocks = {"BLOCK_BATCH": BLOCK_BATCH, "BLOCK_DIM": BLOCK_DIM}
-    _statistics_kernel[grid](student, teacher, share, statistics, batch, dim, rows, **flags, **blocks)
+    if statistics is None:
+        statistics = sums.new_empty(chunks, 5, dim)
+        _statistics_kernel[grid](student, teacher, share, statistics, batch, dim, rows, **flags, **blocks)
     _normalise_kernel[grid](
         student,
         teacher,
@@ -70,7 +76,7 @@ def normalise(student: Tensor, teacher: Tensor, sample_weight: Tensor | None, op
         batch,
         dim,
         rows,
-        chunks,
+        len(statistics),
         options.eps,
         DEAD_LIMIT,
         RESIDUAL=options.residual,
@@ -132,7 +138,7 @@ def _normalise_kernel(
     student,  # (batch, dim)
     teacher,  # (batch, dim)
     sample_weight,  # (batch,), read if HAS_WEIGHT
-    statistics,  # (chunks, 5, dim) float32
+    statistics,  # (parts, 5, dim) float32
     left,  # (batch, dim): unit student columns, less the teacher's if RESIDUAL
     right,  # (batch, dim): unit teacher columns
     columns,  # (4, dim) float32: mean and inverse norm of the student's columns, of the teacher's
@@ -140,7 +146,7 @@ def _normalise_kernel(
     batch,
     dim,
     chunk_rows,
-    chunks,
+    parts,
     eps,
     dead_limit,
     CENTER: tl.constexpr,
@@ -157,8 +163,8 @@ def _normalise_kernel(
     student_squares = tl.zeros((BLOCK_DIM,), tl.float32)
     teacher_mean = tl.zeros((BLOCK_DIM,), tl.float32)
     teacher_squares = tl.zeros((BLOCK_DIM,), tl.float32)
-    for other in range(0, chunks):
-        part = statistics + other * 5 * dim + column
+    for index in range(0, parts):
+        part = statistics + index * 5 * dim + column
         total = tl.load(part, mask=inside, other=0.0)
         mean = tl.load(part + dim, mask=inside, other=0.0)
         squares = tl.load(part + 2 * dim, mask=inside, other=0.0)

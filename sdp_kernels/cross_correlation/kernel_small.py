@@ -33,7 +33,6 @@ from sdp_kernels.cross_correlation.kernel_tiles import (
 from sdp_kernels.dispatch import float32_precision
 from sdp_kernels.spec import KernelConfig
 
-ROWS = 128  # at most
 BLOCK_DIM = 32
 BLOCK_INNER = 16  # rows of a product taken at a time
 GRAM_PARTS = 64  # at most: each is a batch x batch matrix to write and read
@@ -43,7 +42,7 @@ GRAM_BLOCK = 256
 def loss_and_gradients(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As kernel.loss_and_gradients, for contiguous input of at most `ROWS` rows."""
+    """As kernel.loss_and_gradients, for contiguous input of at most `FEW_ROWS` rows."""
     batch, dim = student.shape
     block_batch = max(16, triton.next_power_of_2(batch))
     strips = triton.cdiv(dim, BLOCK_DIM)

@@ -151,10 +151,10 @@ def _compute(
     teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and the gradients asked for (the others empty), all in the compute dtype."""
-    if backend == "triton":
-        from sdp_kernels.cross_correlation.kernel import loss_and_gradients
-    else:
+    if backend == "cpu":
         from sdp_kernels.cross_correlation.cpu import loss_and_gradients
+    else:
+        from sdp_kernels.cross_correlation.kernel import loss_and_gradients
 
     with torch.autocast(student.device.type, enabled=False):
         options = Options(weight, center, residual, eps, form, student_gradient, teacher_gradient)

@@ -33,8 +33,8 @@ def loss_and_output(
     teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and output, and the gradients of the loss by output and teacher, empty where not asked for."""
+    from sdp_kernels.cross_correlation.kernel import loss_and_gradients
     from sdp_kernels.masked_linear.kernel import Teacher, blocks_product, masked_product
-    from sdp_kernels.masked_linear_cross_correlation.kernel import loss_and_gradients
 
     dtype = dtype or input.dtype
     sample_weight = None if sample_weight is None else sample_weight.float().contiguous()
@@ -47,7 +47,7 @@ def loss_and_output(
             output, statistics = blocks_product(rows, weight, bias, ActiveBlocks(*lists), sides, False, target)
         else:
             output, statistics = masked_product(rows, weight, mask, bias, False, target)
-        loss, *gradients = loss_and_gradients(output, target.features, sample_weight, statistics, options)
+        loss, *gradients = loss_and_gradients(output, target.features, sample_weight, options, statistics)
     return loss, output, gradients[0], gradients[1]
 
 

@@ -16,6 +16,7 @@ from sdp_kernels.checks import (
     check_weight_values,
 )
 from sdp_kernels.cross_correlation import choose_form, cross_correlation_loss
+from sdp_kernels.cross_correlation.forms import FEW_ROWS, Options
 from sdp_kernels.dispatch import choose_backend
 from sdp_kernels.masked_linear import BitMask, masked_linear
 from sdp_kernels.masked_linear.op import FEW_TOKENS, OFFERS, check_arguments, lists_of, words_of
@@ -23,8 +24,6 @@ from sdp_kernels.masked_linear_cross_correlation.fused import loss_and_output
 
 if TYPE_CHECKING:
     import torch.distributed as dist
-
-WHOLE_COLUMNS = 128  # rows up to which kernels of the Gram form hold whole columns and sum them themselves
 
 
 @overload
@@ -119,13 +118,7 @@ def masked_linear_cross_correlation_loss(
         TypeError: a tensor is not floating-point, or the mask is neither bool nor `BitMask`.
         RuntimeError: on double backward.
     """
-    check_floating("input", input)
-    check_dims("input", input, 2)
-    check_floating("weight", weight)
-    check_dims("weight", weight, 2)
-    check_floating("teacher", teacher)
-    check_shape("teacher", teacher, (input.shape[0], weight.shape[0]))
-    check_same_device("teacher", teacher, "input", input)
+    _check_tensors(input, weight, teacher)
     if process_group is None and _fuses(input, weight, mask, teacher, center, form):
         check_at_least("off_diagonal_weight", off_diagonal_weight, 0)
         check_at_least("eps", eps, 0)
@@ -134,16 +127,7 @@ def masked_linear_cross_correlation_loss(
         check_sample_weight(sample_weight, teacher.shape[:1], teacher)
         check_weight_values(sample_weight, rows=1 + center)
         grad = torch.is_grad_enabled()
-        loss, output, *_ = loss_and_output(
-            input,
-            weight,
-            words_of(mask),
-            bias,
-            teacher,
-            sample_weight,
-            *lists_of(mask, "triton", input),
-            gradient == "dense",
-            check_arguments(input, weight, mask, bias, None, gradient),
+        options = Options(
             float(off_diagonal_weight),
             center,
             target == "teacher",
@@ -152,20 +136,31 @@ def masked_linear_cross_correlation_loss(
             grad and any(each is not None and each.requires_grad for each in (input, weight, bias)),
             grad and teacher.requires_grad,
         )
-        return (loss, output) if return_output else loss
-    output = masked_linear(input, weight, mask, bias, gradient=gradient)
-    loss = cross_correlation_loss(
-        output,
-        teacher,
-        off_diagonal_weight=off_diagonal_weight,
-        center=center,
-        target=target,
-        eps=eps,
-        sample_weight=sample_weight,
-        process_group=process_group,
-        form=form,
-    )
+        loss, output = _fused(input, weight, mask, bias, teacher, sample_weight, gradient, options)
+    else:
+        output = masked_linear(input, weight, mask, bias, gradient=gradient)
+        loss = cross_correlation_loss(
+            output,
+            teacher,
+            off_diagonal_weight=off_diagonal_weight,
+            center=center,
+            target=target,
+            eps=eps,
+            sample_weight=sample_weight,
+            process_group=process_group,
+            form=form,
+        )
     return (loss, output) if return_output else loss
+
+
+def _check_tensors(input: Tensor, weight: Tensor, teacher: Tensor) -> None:
+    check_floating("input", input)
+    check_dims("input", input, 2)
+    check_floating("weight", weight)
+    check_dims("weight", weight, 2)
+    check_floating("teacher", teacher)
+    check_shape("teacher", teacher, (input.shape[0], weight.shape[0]))
+    check_same_device("teacher", teacher, "input", input)
 
 
 def _fuses(input: Tensor, weight: Tensor, mask: Tensor | BitMask, teacher: Tensor, center: bool, form: str) -> bool:
@@ -175,7 +170,27 @@ def _fuses(input: Tensor, weight: Tensor, mask: Tensor | BitMask, teacher: Tenso
         return False
     if batch < 1 + center or 0 in weight.shape:
         return False
-    few_rows = choose_form(batch, dim) == "gram" if form == "auto" else form == "gram"
-    if few_rows and batch <= WHOLE_COLUMNS:
+    gram = choose_form(batch, dim) == "gram" if form == "auto" else form == "gram"
+    if gram and batch <= FEW_ROWS:  # its kernels hold whole columns and sum them themselves
         return False
     return batch <= FEW_TOKENS or bool(lists_of(mask, "triton", input)[0])
+
+
+def _fused(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor | BitMask,
+    bias: Tensor | None,
+    teacher: Tensor,
+    sample_weight: Tensor | None,
+    gradient: str,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Loss and output, by the operator that takes tensors and plain values only."""
+    dtype = check_arguments(input, weight, mask, bias, None, gradient)
+    lists, *sides = lists_of(mask, "triton", input)
+    words, dense = words_of(mask), gradient == "dense"
+    loss, output, *_ = loss_and_output(
+        input, weight, words, bias, teacher, sample_weight, lists, *sides, dense, dtype, *options
+    )
+    return loss, output
