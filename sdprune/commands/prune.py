@@ -23,7 +23,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--output", type=Path, help="a new folder for everything that comes of the run")
     parser.add_argument(
         "--model",
-        help="folder or hub id of a fine-tuned classifier; bundled-minilm, bundled-multilingual: small encoders",
+        help="folder or hub id of a fine-tuned classifier of texts or tokens; "
+        "bundled-minilm, bundled-multilingual: small encoders",
     )
     for title, kind in PARTS.items():
         add_fields(parser.add_argument_group(title), kind)

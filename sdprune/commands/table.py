@@ -7,19 +7,21 @@ from typing import Any
 
 def print_table(metrics: dict[str, Any]) -> None:
     names = list(metrics["dense"])
+    dense = "dense" if metrics.get("trained_head", True) else "dense, untrained head"
+    references = {**metrics["baselines"], dense: metrics["dense"]}
+    if "dense_same_steps" in metrics:
+        references["dense, same steps"] = metrics["dense_same_steps"]
+    width = max(22, *(len(label) + 2 for label in (*references, *(row["method"] for row in metrics["runs"]))))
     print(
-        f"\n{'':<22}{'sparsity':>10}"
+        f"\n{'':<{width}}{'sparsity':>10}"
         + "".join(f"{name:>12}" for name in names)
         + f"{'reload diff':>13}{'speed-up':>10}"
     )
-    references = {**metrics["baselines"], "dense": metrics["dense"]}
-    if "dense_same_steps" in metrics:
-        references["dense, same steps"] = metrics["dense_same_steps"]
     for label, scores in references.items():
-        print(f"{label:<22}{'':>10}" + "".join(f"{scores[name]:>12.1%}" for name in names))
+        print(f"{label:<{width}}{'':>10}" + "".join(f"{scores[name]:>12.1%}" for name in names))
     for row in metrics["runs"]:
         print(
-            f"{row['method']:<22}{row['sparsity']:>10.1%}"
+            f"{row['method']:<{width}}{row['sparsity']:>10.1%}"
             + "".join(f"{row[name]:>12.1%}" for name in names)
             + f"{row['reload_max_difference']:>13.1g}{row['speedup']:>9.2f}x"
         )

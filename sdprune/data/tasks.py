@@ -204,9 +204,9 @@ def _load_files(config: DataConfig) -> Task:
     for part, examples in parts.items():
         if len(examples) == 0:
             raise ValueError(f"{table.path} has too few rows or groups: none is left for the {part} part")
-        unseen = set(examples.labels) - set(parts["train"].labels) if names and not table.tagged else set()
-        if unseen:
-            label = names[int(cast(int, min(unseen)))]
+        unseen = set(examples.labels) - set(parts["train"].labels)
+        if unseen and names and not table.tagged:  # a rare tag may well be in no training row
+            label = names[min(cast(set[int], unseen))]
             raise ValueError(f"label {label!r} occurs in the {part} part, but in no training row")
     return Task(config.data, names, parts["train"], parts["validation"], parts["test"], _metrics(names, table.tagged))
 

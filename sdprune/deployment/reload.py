@@ -17,7 +17,7 @@ _SCRIPT = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+import transformers
 from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -25,7 +25,8 @@ torch.set_num_threads(int(sys.argv[3]))
 inputs = load_file(sys.argv[1])
 logits = {}
 for index, folder in enumerate(sys.argv[4:]):
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits[str(index)] = model(**inputs).logits.clone()
 assert not any(name.split(".")[0] in ("sdprune", "sdp_kernels") for name in sys.modules)
@@ -41,7 +42,7 @@ def reload_differences(
     Args:
         folders: exported models by name.
         inputs: one batch on the CPU.
-        expected: (batch, classes) fp32 logits of the models in memory, by name.
+        expected: fp32 logits of the models in memory, by name.
 
     Returns:
         The largest absolute difference of each; 0.0 means equal to the bit.

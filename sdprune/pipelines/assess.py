@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from sdprune.config import SDPruneConfig
 from sdprune.deployment.export import dense_state_dict, export
@@ -33,8 +33,15 @@ METHODS = {
 
 
 def method_name(config: SDPruneConfig) -> str:
-    """Name a configuration as the literature does: "SDP-CC", "SDP-CC + SDP-KLD", or "magnitude" alone."""
-    return " + ".join(METHODS[name] for name in config.distillation_weights) or config.criterion
+    """Name a configuration as the literature does: "SDP-CC", "SDP-CC + SDP-KLD", "movement + SDP-KLD", or "magnitude"
+    alone. What prunes nothing is "fine-tuned", or "distilled" by its objectives.
+    """
+    objectives = " + ".join(METHODS[name] for name in config.distillation_weights)
+    if config.target_sparsity == 0.0:
+        return f"distilled, {objectives}" if objectives else "fine-tuned"
+    if objectives and config.criterion == "magnitude":
+        return objectives
+    return f"{config.criterion} + {objectives}" if objectives else config.criterion
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Assessment:
 
     Args:
         row: a row of `runs` in `metrics.json`.
-        logits: (rows, classes) on the test rows.
+        logits: on the test rows, of `predict`.
     """
 
     row: dict[str, Any]
@@ -95,9 +102,10 @@ def assess(
         probe,
         {str(item.folder): item.logits for item in snapshots},
     )
+    auto_class: Any = AutoModelForTokenClassification if workbench.task.tagged else AutoModelForSequenceClassification
     found = []
     for item in snapshots:
-        model = AutoModelForSequenceClassification.from_pretrained(item.folder, dtype=torch.float32)
+        model = auto_class.from_pretrained(item.folder, dtype=torch.float32)
         logits = workbench.predict_test(model, f"testing {item.folder.name}", bf16=bf16)
         row = {
             "method": method_name(item.config),

@@ -33,16 +33,27 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
     splits = f"{len(task.train)} training, {len(task.validation)} validation and {len(task.test)} test rows"
     return ModelCard(
         base_model=BUNDLED_ID if recipe.model == BUNDLED_MODEL else recipe.model,
-        method=f"self-distilled pruning ({row['method']}, {row['structure']}), "
-        "https://arxiv.org/abs/2109.15014, as reconstructed in sdprune",
+        method=_method(recipe, row),
         data=f"{task.name}: {splits}",
         seed=recipe.pruning.seed,
         metrics={name: row[name] for name in task.metrics},
         dense_metrics={name: dense[name] for name in task.metrics},
         speeds=(Speed(row["speedup"], device, "float32", int(rows), int(tokens)),),
         recipe=recipe.to_dict(),
+        task="token-classification" if task.tagged else "text-classification",
         dataset=GLUE if recipe.data.data in GLUE_TASKS else None,
     )
+
+
+def _method(recipe: Recipe, row: Mapping[str, Any]) -> str:
+    if not row["target_sparsity"]:
+        return f"{row['method']}, not pruned"
+    if recipe.stages.pipeline == "prune" and recipe.pruning.distillation_weights:
+        return (
+            f"self-distilled pruning ({row['method']}, {row['structure']}), "
+            "https://arxiv.org/abs/2109.15014, as reconstructed in sdprune"
+        )
+    return f"pruning ({row['method']}, {row['structure']})"
 
 
 def _processor(kind: str) -> str:

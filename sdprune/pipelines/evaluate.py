@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -36,15 +38,19 @@ def predict(
     bf16: bool = False,
     description: str | None = None,
 ) -> NDArray[np.float32]:
-    """Return the logits (rows, classes) in the order of the examples. Batches are made by length, which is cheaper.
+    """Return the logits in the order of the examples. Batches are made by length, which is cheaper.
 
     Args:
-        model: a sequence classifier; moved to the accelerator where there is one, left in the mode it was in.
+        model: a classifier of texts or of tokens; moved to the accelerator where there is one, left in the mode it
+            was in.
         examples: encoded rows.
         tokenizer: pads the batches.
         batch_size: rows of a batch.
         bf16: bfloat16 autocast.
         description: text of a progress bar; None: no bar.
+
+    Returns:
+        (rows, classes), or of a token classifier (rows, longest row, classes) with 0 behind shorter rows.
     """
     device = best_device()
     was_training = model.training
@@ -58,9 +64,22 @@ def predict(
         inputs = collate(tokenizer, [examples[index] for index in batch], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             rows = model(**inputs).logits.float().cpu().numpy()
+        if rows.ndim == 3:
+            rows = [row[mask] for row, mask in zip(rows, inputs["attention_mask"].bool().cpu().numpy(), strict=True)]
         logits |= dict(zip(batch, rows, strict=True))
     model.train(was_training)
-    return np.stack([logits[index] for index in range(len(examples))])
+    return padded([logits[index] for index in range(len(examples))], 0.0)
+
+
+def padded(rows: Sequence[npt.ArrayLike], value: float) -> NDArray[Any]:
+    """Stack arrays whose first sizes differ, with `value` behind the shorter ones."""
+    arrays = [np.asarray(row) for row in rows]
+    if len({array.shape for array in arrays}) == 1:
+        return np.stack(arrays)
+    stacked = np.full((len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), value, arrays[0].dtype)
+    for row, array in zip(stacked, arrays, strict=True):
+        row[: len(array)] = array
+    return stacked
 
 
 @torch.inference_mode()

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdprune.data.examples import Examples
+from sdprune.config import CONFIG_NAME, SDPruneConfig
 from sdprune.data.tasks import Task
-from sdprune.deployment.export import plain_copy
+from sdprune.deployment.export import export, plain_copy
+from sdprune.training.checkpoint import checkpoints
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Classifier:
     """A model with its tokenizer.
 
     Args:
-        model: a sequence-classification model.
+        model: a classifier of texts, or of tokens.
         tokenizer: its tokenizer.
         trained_head: whether the classification head came with the weights.
     """
@@ -30,31 +31,34 @@ class Classifier:
 
 
 def load_classifier(name: str, task: Task) -> Classifier:
-    """Load a sequence classifier for `task` from a folder or the hub; a missing head is made for the task's classes.
+    """Load a classifier for `task` from a folder or the hub; a missing head is made for the task's classes.
 
-    All its layers are dense, with zeros, also where the checkpoint tells sparse ones.
+    It classifies tokens where the task's words have labels, and may know more classes than the task then. All its
+    layers are dense, with zeros, also where the checkpoint tells sparse ones.
 
     Raises:
         ValueError: the folder has no config.json or no weights, or the model has other classes than the task.
         OSError: neither a folder nor reachable on the hub.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    check_model_folder(name)
+    _check_folder(name)
+    head = "ForTokenClassification" if task.tagged else "ForSequenceClassification"
+    auto_class = AutoModelForTokenClassification if task.tagged else AutoModelForSequenceClassification
     classes = max(len(task.label_names), 1)
     try:
         config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        trained_head = any("ForSequenceClassification" in kind for kind in config.architectures or ())
+        tokenizer = _load_tokenizer(name, task)
+        trained_head = any(head in kind for kind in config.architectures or ())
         if not trained_head:
             config.num_labels = classes
             if task.label_names:
                 config.id2label = dict(enumerate(task.label_names))
                 config.label2id = {label: index for index, label in enumerate(task.label_names)}
-        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32)
+        model = auto_class.from_pretrained(name, config=config, dtype=torch.float32)
     except OSError as error:
         raise OSError(f"cannot load model {name!r}: {_one_line(error)}") from None
-    if config.num_labels != classes:
+    if config.num_labels != classes and not (task.tagged and config.num_labels > classes):
         raise ValueError(
             f"model {name!r} has {config.num_labels} classes, but the labels of {task.name!r} are "
             f"{', '.join(task.label_names) or 'numbers'}: {classes} expected"
@@ -64,45 +68,43 @@ def load_classifier(name: str, task: Task) -> Classifier:
     return Classifier(model, tokenizer, trained_head)
 
 
+def _load_tokenizer(name: str, task: Task) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if task.tagged and tokenizer.is_fast and "ByteLevel" in tokenizer.backend_tokenizer.to_str():
+        # byte-level vocabularies hold the space before a word in its first piece; a list of words has no spaces
+        return AutoTokenizer.from_pretrained(name, add_prefix_space=True)
+    return tokenizer
+
+
 def align_labels(task: Task, model: Any) -> Task:
     """Renumber the labels of `task` in the order of the model's classes.
 
     Labels are matched by name, without regard to case; by position where the model only numbers its classes
-    ("LABEL_0") or the labels are whole numbers.
+    ("LABEL_0") or the labels are whole numbers. Labels of words may lack some of the model's classes: a small file
+    rarely has all of them.
 
     Raises:
         ValueError: both have names, and they differ.
     """
-    theirs = [str(model.config.id2label.get(index, "")).lower() for index in range(len(task.label_names))]
-    ours = [label.lower() for label in task.label_names]
+    names = [str(model.config.id2label.get(index, "")) for index in range(max(model.config.num_labels, 1))]
+    theirs, ours = [name.lower() for name in names], [label.lower() for label in task.label_names]
     positional = all(name.startswith("label_") for name in theirs) or all(name.isdecimal() for name in ours)
-    if theirs == ours or positional:
+    if not ours or theirs == ours or (positional and len(theirs) == len(ours)):
         return task
-    if sorted(theirs) != sorted(ours):
+    if not (set(ours) <= set(theirs) if task.tagged else sorted(theirs) == sorted(ours)):
         raise ValueError(
             f"the labels of {task.name!r} are {', '.join(ours)}, those of the model are {', '.join(theirs)}; "
             "rename one of them (id2label in config.json, or the labels of the data)"
         )
     order = [theirs.index(label) for label in ours]
-
-    def renumbered(examples: Examples) -> Examples:
-        return replace(examples, labels=tuple(order[int(label)] for label in examples.labels))
-
-    return replace(
-        task,
-        label_names=tuple(task.label_names[order.index(index)] for index in range(len(order))),
-        train=renumbered(task.train),
-        validation=renumbered(task.validation),
-        test=renumbered(task.test),
-    )
+    own = dict(zip(order, task.label_names, strict=True))
+    label_names = tuple(own.get(index, name) for index, name in enumerate(names))
+    return replace(task.map(lambda examples: examples.renumbered(order)), label_names=label_names)
 
 
-def check_model_folder(name: str) -> None:
-    """Refuse folders without a model, and paths that are no folder; other names may be on the hub.
-
-    Raises:
-        ValueError: what is missing.
-    """
+def _check_folder(name: str) -> None:
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")):
@@ -119,3 +121,32 @@ def check_model_folder(name: str) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def export_folder(source: Path, output: Path, format: str | None = None) -> Path:
+    """Export the model of a run (its newest whole checkpoint), of a checkpoint or of a model folder.
+
+    Checkpoints hold their zeros in the weights, so their masks are not needed.
+
+    Raises:
+        ValueError: the folder holds no model, or one of a class that transformers does not have.
+    """
+    import transformers
+
+    if not source.is_dir():
+        raise ValueError(f"{str(source)!r} is not a folder")
+    whole = checkpoints(source)
+    folder = whole[-1] if whole else source
+    _check_folder(str(folder))
+    architecture = (transformers.AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
+    kind: Any = getattr(transformers, architecture, None)
+    if kind is None:
+        text = f"{folder / 'config.json'}: architectures must name a class of transformers, got {architecture!r}"
+        raise ValueError(text)
+    model = kind.from_pretrained(folder)
+    run = next((path for path in (source, folder.parent) if (path / CONFIG_NAME).exists()), None)
+    config = SDPruneConfig.from_pretrained(run) if run else None
+    tokenizer = None
+    if (folder / "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return export(model, output, format, config=config, processing_class=tokenizer)

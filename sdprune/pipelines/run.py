@@ -91,7 +91,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
         rows.append(assessment.row | {"method": name} | _int8_scores(outcome.int8, workbench))
         write_model_card(folder, card_of(recipe, workbench, rows[-1], dense_scores))
         records.append(read_record(name, outcome.folder, outcome.config, snapshot.sparsity))
-    metrics = {"dense": dense_scores, "baselines": {}, "runs": rows}
+    metrics = {"dense": dense_scores, "trained_head": classifier.trained_head, "baselines": {}, "runs": rows}
     if workbench.task.zero_shot:
         metrics["dense_languages"] = workbench.score_languages(dense)
     write_text(output / SCORES_NAME, json.dumps(metrics, indent=2) + "\n")

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import DataCollatorForTokenClassification
 
-from sdprune.data.examples import EncodedExamples, Examples, encode
+from sdprune.data.examples import IGNORED_LABEL, EncodedExamples, Examples, encode
 from sdprune.data.metrics import compute
 from sdprune.data.multilingual import multilingual_model
 from sdprune.data.sample import sample_model
 from sdprune.data.tasks import MULTILINGUAL_REVIEWS, Task, load_task
-from sdprune.pipelines.evaluate import collate, predict
+from sdprune.pipelines.evaluate import collate, padded, predict
 from sdprune.pipelines.models import Classifier, align_labels, load_classifier
 from sdprune.recipe import DataConfig
 
@@ -69,7 +70,7 @@ class Workbench:
         return replace(self, classifier=load_classifier(self.source, self.task))
 
     def predict_test(self, model: nn.Module, description: str, *, bf16: bool = False) -> NDArray[np.float32]:
-        """Return the logits (rows, classes) of a model on the test rows, with a progress bar."""
+        """Return the logits of a model on the test rows (`predict`), with a progress bar."""
         tokenizer, size = self.classifier.tokenizer, self.batch_size
         return predict(model, self.test, tokenizer, batch_size=size, bf16=bf16, description=description)
 
@@ -79,14 +80,13 @@ class Workbench:
         scores = {}
         for name, rows in self.zero_shot.items():
             logits = predict(model, rows, tokenizer, batch_size=size, bf16=bf16, description=f"testing {name}")
-            part = self.task.zero_shot[name]
-            scores[name] = compute(self.task.metrics, logits, part.labels, part.queries)
+            scores[name] = self._score(logits, rows, self.task.zero_shot[name])
         return scores
 
     @property
     def collator(self) -> Any:
         """What makes a training batch of rows; None: the Trainer's own choice for the tokenizer."""
-        return None
+        return DataCollatorForTokenClassification(self.classifier.tokenizer) if self.task.tagged else None
 
     @property
     def probe(self) -> dict[str, Tensor]:
@@ -96,12 +96,18 @@ class Workbench:
 
     def score(self, logits: NDArray[np.float32]) -> dict[str, float]:
         """Return the task's metrics of test logits."""
-        return compute(self.task.metrics, logits, self.task.test.labels, self.task.test.queries)
+        return self._score(logits, self.test, self.task.test)
+
+    def _score(self, logits: NDArray[np.float32], rows: EncodedExamples, part: Examples) -> dict[str, float]:
+        labels: Any = rows.labels
+        if part.tagged:
+            labels = padded(labels, IGNORED_LABEL)
+        return compute(self.task.metrics, logits, labels, part.queries, self.task.label_names)
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """Return the task's metrics of what the Trainer predicted."""
         queries = self.task.validation.queries  # evaluation keeps the order of the rows
-        return compute(self.task.metrics, prediction.predictions, prediction.label_ids, queries)
+        return compute(self.task.metrics, prediction.predictions, prediction.label_ids, queries, self.task.label_names)
 
 
 def load_workbench(model: str, data: DataConfig, cache: Path | None = None, batch_size: int = 64) -> Workbench:
@@ -119,7 +125,7 @@ def load_workbench(model: str, data: DataConfig, cache: Path | None = None, batc
     source = _bundled(model, cache) or model
     classifier = load_classifier(source, task)
     if classifier.trained_head:
-        task = _aligned(task, classifier)
+        task = align_labels(task, classifier.model)
     # encode knows the tokenizer's own limit, not the model's
     longest = min(data.max_length, getattr(classifier.model.config, "max_position_embeddings", data.max_length))
     return Workbench(task, source, classifier, longest, batch_size)
@@ -134,16 +140,3 @@ def _bundled(model: str, cache: Path | None) -> str | None:
     whole = load_task(DataConfig(data=MULTILINGUAL_REVIEWS), cache=cache)
     parts = (whole.train, whole.validation, whole.test, *whole.zero_shot.values())
     return str(multilingual_model((text for part in parts for texts in part.texts for text in texts), cache))
-
-
-def _aligned(task: Task, classifier: Classifier) -> Task:
-    """Return the task with its labels in the order of the model's classes, in all languages."""
-    aligned = align_labels(task, classifier.model)
-    if aligned.label_names == task.label_names:
-        return task
-    order = [aligned.label_names.index(name) for name in task.label_names]
-
-    def renumbered(examples: Examples) -> Examples:
-        return replace(examples, labels=tuple(order[int(label)] for label in examples.labels))
-
-    return replace(aligned, zero_shot={name: renumbered(rows) for name, rows in task.zero_shot.items()})
