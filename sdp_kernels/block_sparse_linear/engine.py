@@ -45,8 +45,28 @@ TILE_ROWS = -(-TILE // LANES) * LANES  # so that whole squares can be transposed
 VECTOR = ir.VectorType(FLOAT, LANES)
 ITEMS_PER_THREAD = 8  # so that no thread waits long for another
 
+_lock = threading.Lock()  # numba's simplest way of running threads allows one caller at a time
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=cpu.leave_threads_to_parent)
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+
+def run_on_threads(threads: int, function: Callable[..., Any], *args: Any) -> None:
+    """Call a compiled function on so many of numba's threads, and leave the counts of numba and torch as they were."""
+    with _lock:
+        threads_of_torch = torch.get_num_threads()
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            function(*args)
+        finally:
+            numba.set_num_threads(before)
+            if torch.get_num_threads() != threads_of_torch:  # both may share OpenMP, which numba sets up once
+                torch.set_num_threads(threads_of_torch)
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """numba's `njit`, with results kept on disk where that can be written."""
+
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return njit(cache=True, **options)(function)
@@ -163,7 +183,7 @@ def _transpose_square(typing_context, source, target):
     return signature, generate
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _pack_blocks(values, positions, packed, transposed, parts):
     """packed[b, k, h] = values[positions[b], h, k], or values[positions[b], k, h]; zeros up to the padded height."""
     blocks, width, padded_height = packed.shape
@@ -184,8 +204,8 @@ def _pack_blocks(values, positions, packed, transposed, parts):
                     target[k, h] = 0
 
 
-@_compiled()
-def _multiply_tile(tile, count, packed, height, columns, width, bias, result, vectors):
+@compiled()
+def multiply_tile(tile, count, packed, height, columns, width, bias, result, vectors):
     """`_tile_product` for the first `count` tokens of a tile, in small steps if it is far from full."""
     if count > TILE - SMALL_TILE:
         if vectors == 2:
@@ -200,7 +220,7 @@ def _multiply_tile(tile, count, packed, height, columns, width, bias, result, ve
             _small_product_1_vector(tile[:, t:], packed, height, columns, width, bias, result[t:])
 
 
-@_compiled()
+@compiled()
 def _fill_tile(input, count, tile):
     """tile[k, t] = input[t, k] for `count` tokens."""
     tokens, in_features = input.shape
@@ -215,7 +235,7 @@ def _fill_tile(input, count, tile):
             tile[k, t] = input[t, k]
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _multiply(input, packed, offsets, columns, bias, output, height, bounds, tiles):
     """output = input @ matrix + bias. An item of work is a tile of tokens times the rows between two bounds.
 
@@ -255,18 +275,13 @@ def _multiply(input, packed, offsets, columns, bias, output, height, bounds, til
                     result = output[base : base + count, feature:]
                     if count < TILE or kept < vectors * LANES:
                         result = edge[:, 0:]
-                    _multiply_tile(
+                    multiply_tile(
                         tile, count, weights, padded_height, columns[start:end], width, bias[feature:], result, vectors
                     )
                     if count < TILE or kept < vectors * LANES:
                         for t in range(count):
                             for h in range(kept):
                                 output[base + t, feature + h] = edge[t, h]
-
-
-_lock = threading.Lock()  # numba's simplest way of running threads allows one caller at a time
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=cpu.leave_threads_to_parent)
 
 
 class Engine:
@@ -289,7 +304,7 @@ class Engine:
         if positions is None:
             positions = np.arange(len(columns), dtype=np.int32)
         self.packed = np.empty((len(columns), self.width, padded_height), np.float32)
-        self._run(_pack_blocks, values, positions, self.packed, transposed, self.threads)
+        run_on_threads(self.threads, _pack_blocks, values, positions, self.packed, transposed, self.threads)
 
     def multiply(self, input, bias, output) -> None:
         """Write input @ matrix + bias: (tokens, in), (out,) and (tokens, out), all contiguous float32."""
@@ -302,16 +317,5 @@ class Engine:
         tiles = np.zeros((self.threads, columns, TILE_ROWS), np.float32)
         shift = np.zeros(rows * self.height + 2 * LANES, np.float32)
         shift[: len(bias)] = bias
-        self._run(_multiply, input, self.packed, self.offsets, self.columns, shift, output, self.height, bounds, tiles)
-
-    def _run(self, function, *args) -> None:
-        with _lock:
-            threads_of_torch = torch.get_num_threads()
-            before = numba.get_num_threads()
-            numba.set_num_threads(self.threads)
-            try:
-                function(*args)
-            finally:
-                numba.set_num_threads(before)
-                if torch.get_num_threads() != threads_of_torch:  # both may share OpenMP, which numba sets up once
-                    torch.set_num_threads(threads_of_torch)
+        blocks = self.packed, self.offsets, self.columns
+        run_on_threads(self.threads, _multiply, input, *blocks, shift, output, self.height, bounds, tiles)

@@ -21,7 +21,7 @@ def worthwhile(input: Tensor, lists: ActiveBlocks) -> bool:
 
 def _compiled(dtype: torch.dtype) -> bool:
     """Whether the compiled engine multiplies this dtype."""
-    return dtype == torch.float32 and block_sparse._numba_installed()
+    return dtype == torch.float32 and block_sparse.is_compiled(dtype)
 
 
 def product(

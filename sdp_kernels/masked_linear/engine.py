@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numba import prange
 
-from sdp_kernels.block_sparse_linear.engine import LANES, TILE, TILE_ROWS, _compiled, _lock, _multiply_tile
+from sdp_kernels.block_sparse_linear.engine import LANES, TILE, TILE_ROWS, compiled, multiply_tile, run_on_threads
 
 TOKENS = 512  # copied at a time
 FEW_TOKENS = 16  # copied at a time for one block: what is read and written then stays in the first cache
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _copy_inputs(input, width, blocks, parts):
     """blocks[j, t, c] = input[t, j * width + c]."""
     tokens = len(input)
@@ -32,7 +32,7 @@ def _copy_inputs(input, width, blocks, parts):
                         blocks[j, t, c] = input[t, j * width + c]
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _copy_gradients(gradient, height, tiles, parts):
     """tiles[j, i, t, r] = gradient[t, j * height + i * TILE + r]."""
     tokens = len(gradient)
@@ -52,7 +52,7 @@ def _copy_gradients(gradient, height, tiles, parts):
                                 tiles[j, i, t, r] = gradient[t, first + r]
 
 
-@_compiled()
+@compiled()
 def _add_block(tiles, inputs, tokens, height, width, edge, result):
     """result += gradients of a row of blocks, transposed, times inputs of a column of blocks."""
     one_block, no_bias = np.zeros(1, np.int32), np.zeros(2 * LANES, np.float32)
@@ -63,13 +63,13 @@ def _add_block(tiles, inputs, tokens, height, width, edge, result):
         for first in range(0, padded_width, 2 * LANES):
             vectors = min(2, (padded_width - first) // LANES)
             columns = min(vectors * LANES, width - first)
-            _multiply_tile(tiles[i], rows, flat[first:], padded_width, one_block, tokens, no_bias, edge, vectors)
+            multiply_tile(tiles[i], rows, flat[first:], padded_width, one_block, tokens, no_bias, edge, vectors)
             for r in range(rows):
                 for c in range(columns):
                     result[i * TILE + r, first + c] += edge[r, c]
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _add_blocks(gradient, input, rows, columns, height, width, result, parts):
     """Add to the kept blocks of the result; each part of the work has as many of them as any other."""
     most = min(TOKENS, len(input))
@@ -98,14 +98,5 @@ def add_weight_gradient(gradient, input, rows, columns, block_shape: tuple[int, 
         block_shape: (out, in) of a block.
         result: (out, in) contiguous float32.
     """
-    with _lock:
-        threads_of_torch = torch.get_num_threads()
-        before = numba.get_num_threads()
-        threads = min(threads_of_torch, numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(threads)
-        try:
-            _add_blocks(gradient, input, rows, columns, *block_shape, result, threads)
-        finally:
-            numba.set_num_threads(before)
-            if torch.get_num_threads() != threads_of_torch:  # both may share OpenMP, which numba sets up once
-                torch.set_num_threads(threads_of_torch)
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    run_on_threads(threads, _add_blocks, gradient, input, rows, columns, *block_shape, result, threads)
