@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         _complain(f"error: {_one_line(error)}")
         return WRONG_INPUT
-    except (OSError, RuntimeError, ArithmeticError, SafetensorError) as error:
+    except (OSError, RuntimeError, ArithmeticError, ImportError, SafetensorError) as error:
         _complain(f"error: {_one_line(error)}{_advice(error)}")
         return FAILED
 

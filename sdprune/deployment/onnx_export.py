@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.deployment.conversion import dense_layer
+from sdprune.deployment.export import plain_copy
 from sdprune.deployment.plan import sharing_copy
 from sdprune.deployment.sparse_linear import BlockSparseLinear
 from sdprune.files import new_directory
@@ -20,17 +21,24 @@ TOLERANCE = 1e-4
 
 
 def export_onnx(
-    model: Any, directory: str | Path, inputs: Mapping[str, Tensor], *, tolerance: float = TOLERANCE
+    model: Any,
+    directory: str | Path,
+    inputs: Mapping[str, Tensor],
+    *,
+    processing_class: Any = None,
+    tolerance: float = TOLERANCE,
 ) -> float:
     """Write `model.onnx` into a new folder and run it in onnxruntime on the CPU, on `inputs` and on a smaller batch.
 
-    Batch and sequence are of any size. Narrower layers stay narrower. ONNX has no block-sparse product, so such layers
-    are written dense, with their zeros. Weights beyond ONNX's limit of 2 GB go into a file beside the model.
+    Beside it lies config.json. Batch and sequence are of any size. Narrower layers stay narrower. ONNX has no
+    block-sparse product, so such layers are written dense, with their zeros. Weights beyond ONNX's limit of 2 GB go
+    into a file beside the model.
 
     Args:
         model: a transformers model on the CPU in float32; masked, with zeros, narrower or sparse; it stays as it is.
         directory: the folder to make; it is whole or absent.
         inputs: (batch, sequence) tensors by name, at least 2 x 3 tokens, as the model is called with.
+        processing_class: tokenizer to save beside the model.
         tolerance: the largest absolute difference of the first output that is allowed.
 
     Returns:
@@ -71,6 +79,9 @@ def export_onnx(
             difference = max(difference, float((torch.from_numpy(found) - expected).abs().max()))
         if not difference <= tolerance:
             raise RuntimeError(f"onnxruntime differs from torch by {difference:.3g}, more than {tolerance:.3g}")
+        plain_copy(model).config.save_pretrained(folder)  # names of the labels, which runtimes look for here
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
     return difference
 
 

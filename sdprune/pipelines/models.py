@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdprune.config import CONFIG_NAME, SDPruneConfig
 from sdprune.data.tasks import Task
-from sdprune.deployment.export import export, plain_copy
-from sdprune.training.checkpoint import checkpoints
+from sdprune.deployment.export import plain_copy
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def load_classifier(name: str, task: Task) -> Classifier:
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    _check_folder(name)
+    check_model_folder(name)
     head = "ForTokenClassification" if task.tagged else "ForSequenceClassification"
     auto_class = AutoModelForTokenClassification if task.tagged else AutoModelForSequenceClassification
     classes = max(len(task.label_names), 1)
@@ -104,7 +102,12 @@ def align_labels(task: Task, model: Any) -> Task:
     return replace(task.map(lambda examples: examples.renumbered(order)), label_names=label_names)
 
 
-def _check_folder(name: str) -> None:
+def check_model_folder(name: str) -> None:
+    """Refuse folders without a model, and paths that are no folder; other names may be on the hub.
+
+    Raises:
+        ValueError: what is missing.
+    """
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")):
@@ -121,32 +124,3 @@ def _check_folder(name: str) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-def export_folder(source: Path, output: Path, format: str | None = None) -> Path:
-    """Export the model of a run (its newest whole checkpoint), of a checkpoint or of a model folder.
-
-    Checkpoints hold their zeros in the weights, so their masks are not needed.
-
-    Raises:
-        ValueError: the folder holds no model, or one of a class that transformers does not have.
-    """
-    import transformers
-
-    if not source.is_dir():
-        raise ValueError(f"{str(source)!r} is not a folder")
-    whole = checkpoints(source)
-    folder = whole[-1] if whole else source
-    _check_folder(str(folder))
-    architecture = (transformers.AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
-    kind: Any = getattr(transformers, architecture, None)
-    if kind is None:
-        text = f"{folder / 'config.json'}: architectures must name a class of transformers, got {architecture!r}"
-        raise ValueError(text)
-    model = kind.from_pretrained(folder)
-    run = next((path for path in (source, folder.parent) if (path / CONFIG_NAME).exists()), None)
-    config = SDPruneConfig.from_pretrained(run) if run else None
-    tokenizer = None
-    if (folder / "tokenizer_config.json").exists():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return export(model, output, format, config=config, processing_class=tokenizer)

@@ -20,7 +20,8 @@ from sdprune.deployment.sparse_linear import NarrowLinear
 from sdprune.deployment.storage import choose, digest, make_record, pack, unpack
 from sdprune.deployment.timing import Times
 from sdprune.masking.pruner import mask_model, prune_step
-from sdprune.pipelines.models import export_folder, load_classifier
+from sdprune.pipelines.export_folder import export_folder
+from sdprune.pipelines.models import load_classifier
 
 
 @pytest.fixture
