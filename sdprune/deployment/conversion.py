@@ -49,7 +49,8 @@ class RemovedLinear(nn.Linear):
     def __init__(
         self, weight: nn.Parameter, bias: nn.Parameter | None, rows: Tensor, columns: Tensor, shape: tuple[int, int]
     ) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        super().__init__(1, 1, bias is not None, device="meta")  # torch warns of layers without inputs or outputs
+        self.out_features, self.in_features = weight.shape
         self.weight = weight
         self.shape = shape
         kept = None if bias is None else nn.Parameter(bias.detach()[rows.long()], requires_grad=bias.requires_grad)

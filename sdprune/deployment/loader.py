@@ -225,9 +225,12 @@ def load(
         ValueError: a file is damaged or does not belong to this folder, or tensors are missing or unknown; the message
             names file and field.
         FileNotFoundError: a file is missing.
+        TypeError: `dtype` is no torch.dtype.
     """
     import transformers
 
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype such as torch.float16, or None, got {dtype!r}")
     folder = Path(directory)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'} is missing")

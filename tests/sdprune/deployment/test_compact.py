@@ -108,6 +108,26 @@ def test_neurons_that_are_fed_stay(make_dense, tmp_path):
     assert torch.equal(layer.output.dense.to_linear().weight, model.bert.encoder.layer[0].output.dense.weight)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+def test_layers_without_any_weight(make_dense, architecture, tmp_path):
+    """All neurons of one layer, and all heads of another, are gone."""
+    auto_class, model = make_dense(architecture)
+    couplings = find_couplings(model)
+    first = {kind: next(coupling for coupling in couplings if coupling.kind == kind) for kind in ("neuron", "head")}
+    with torch.no_grad():
+        for coupling in first.values():
+            for name in (coupling.consumer, *coupling.producers):
+                model.get_submodule(name).weight.zero_()
+    folder = export(model, tmp_path / "model", "compact")
+    for variant in (None, "compact"):
+        for found in (auto_class.from_pretrained(folder, variant=variant), sdprune.load(folder, variant)):
+            torch.testing.assert_close(logits(found), logits(model))
+            assert found.get_submodule(first["neuron"].consumer).weight.numel() == 0
+            found.save_pretrained(tmp_path / "again")
+            again = auto_class.from_pretrained(tmp_path / "again")
+            torch.testing.assert_close(logits(again), logits(model))
+
+
 def test_nothing_to_remove(make_dense):
     _, model = make_dense("bert")
     with pytest.raises(ValueError, match="model must have empty neurons, heads, rows or columns"):

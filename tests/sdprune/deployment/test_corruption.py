@@ -250,3 +250,8 @@ def test_a_configuration_by_hand():
     tag = SDPruneQuantizationConfig().to_dict()
     assert tag == {"quant_method": "sdprune", "version": 1, "modules": {}}
     assert SDPruneQuantizationConfig.from_dict(tag).to_dict() == tag
+
+
+def test_a_dtype_that_is_none(folder):
+    with pytest.raises(TypeError, match=r"dtype must be a torch.dtype such as torch.float16, or None, got 'float16'"):
+        sdprune.load(folder, dtype="float16")
