@@ -62,7 +62,8 @@ class Diagnostics(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sum up how the scores came back after the pruning steps."""
-        found = recoveries(scores(state.log_history), pruning_moments(self.config, state.max_steps))
+        moments = [each for each in pruning_moments(self.config, state.max_steps) if each < state.global_step]
+        found = recoveries(scores(state.log_history), moments)
         steps = [each.steps for each in found if each.steps is not None]
         areas = [each.area for each in found if each.area is not None]
         if found:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from sdp_kernels import (
     aligned_weight_loss,
@@ -39,6 +39,7 @@ class Comparison:
         positions: (batch, length) bool, the positions that count in logits; None: all.
         models: student and teacher, whose weights some objectives compare.
         queues: rows of earlier batches of every feature, if `config.queue_size` asks for them; filled by use.
+        group: the processes over whose rows "cross_correlation" is taken together; None: this one's rows alone.
     """
 
     config: SDPruneConfig
@@ -48,6 +49,7 @@ class Comparison:
     positions: Tensor | None
     models: tuple[nn.Module, nn.Module]
     queues: dict[str, SavedRowQueue]
+    group: distributed.ProcessGroup | None = None
 
     def rows(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
         """Yield for every compared feature its name, rows (rows, dim) of student and teacher, and which rows count."""
@@ -64,22 +66,24 @@ def cross_correlation(comparison: Comparison) -> Tensor:
     """SDP-CC: the cross-correlation loss of student and teacher features, divided by the number of features.
 
     The division is ours: it makes the weight independent of the width. Rows are the examples or tokens of one
-    batch, so with gradient accumulation the loss sees one micro-batch at a time; a queue adds the rows of earlier
-    ones, without gradients. A single row has no correlation and adds 0.
+    batch, those of all processes together, so with gradient accumulation the loss sees one micro-batch at a time; a
+    queue adds the rows of earlier ones, without gradients. A single row has no correlation and adds 0.
     """
     return _mean([_correlate(comparison, *each) for each in comparison.rows()])
 
 
 def _correlate(comparison: Comparison, name: str, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    config = comparison.config
+    config, group = comparison.config, comparison.group
+    if mask is not None and (config.queue_size or group is not None):
+        # a queue takes the rows that count, and processes exchange no others; selecting them waits for a GPU
+        student, teacher, mask = student[mask], teacher[mask], None
     if config.queue_size:
-        if mask is not None:  # a queue takes the rows that count; selecting them waits for a GPU
-            student, teacher, mask = student[mask], teacher[mask], None
         queue = comparison.queues.setdefault(name, SavedRowQueue(config.queue_size))
         student, teacher = queue.extend(student, teacher)
     # Looking into the mask would stall a GPU in every step: there the factor below says whether two rows count.
-    few = len(student) < 2 or (mask is not None and mask.device.type == "cpu" and int(mask.count_nonzero()) < 2)
-    if few:
+    looked_into = mask is not None and mask.device.type == "cpu"
+    count = int(mask.count_nonzero()) if mask is not None and looked_into else len(student)
+    if _total(count, group, student.device) < 2:
         return student[:0].sum()
     loss = cross_correlation_loss(
         student,
@@ -88,10 +92,20 @@ def _correlate(comparison: Comparison, name: str, student: Tensor, teacher: Tens
         center=config.center,
         target=cast(Literal["identity", "teacher"], config.correlation_target),
         sample_weight=mask,
+        process_group=group,
     )
-    if mask is not None and mask.device.type != "cpu":
+    if mask is not None and not looked_into:
         loss = loss * (mask.count_nonzero() > 1)
     return loss / student.shape[1]
+
+
+def _total(count: int, group: distributed.ProcessGroup | None, device: torch.device) -> int:
+    """The sum over the processes, the same on each: all of them take part in the loss, or none."""
+    if group is None:
+        return count
+    counts = torch.tensor(count, device=device)
+    distributed.all_reduce(counts, group=group)
+    return int(counts)
 
 
 def kl(comparison: Comparison) -> Tensor:

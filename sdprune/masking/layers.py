@@ -11,11 +11,12 @@ from torch.nn import functional
 
 from sdp_kernels import BitMask, masked_linear, zero_
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
+from sdp_kernels.masked_linear.cpu import worthwhile
 from sdprune.masking.criteria import expected_gate, sampled_gate
 
 LISTS = ("crow_indices", "col_indices", "ccol_indices", "row_indices")
-# Density up to which a product that walks along the kept blocks is faster than the dense one with its zeros.
-MOST_DENSE = {"cpu": 0.3, "cuda": 0.25}
+# Density up to which a product that walks along the kept blocks is faster than the dense one with its zeros on a GPU.
+MOST_DENSE = 0.25
 WALKING_DTYPES = {"cpu": (torch.float32, torch.float64)}
 SMALLEST_GATE = 0.01  # what is kept stays different from zero, so that the sparsity is exact
 
@@ -36,7 +37,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         words, weight = ctx.saved_tensors
-        sensitivity = None if weight is None else (grad * weight).float()
+        # in half precision the product of two small numbers would be 0
+        sensitivity = None if weight is None else grad.float() * weight.float()
         return torch.where(_kept(words, grad), grad, 0), None, sensitivity, None
 
 
@@ -103,7 +105,7 @@ class MaskedLinear(nn.Linear):
         for name in LISTS if mask.lists is not None else ():
             self.register_buffer(name, getattr(mask.lists, name).to(device), persistent=False)
         self.has_lists = mask.lists is not None
-        self._density = 1.0
+        self._few_blocks = False
 
     @classmethod
     def from_dense(
@@ -151,7 +153,7 @@ class MaskedLinear(nn.Linear):
         if mask.block_shape != self.block_shape:
             mask = BitMask.from_bool(mask.to_bool(), block_shape=self.block_shape)
         self.bit_mask.copy_(mask)
-        self._density = 1.0 - mask.sparsity
+        self._choose_product()
         if not self.keep_pruned_values:
             self.zero_()
 
@@ -184,7 +186,8 @@ class MaskedLinear(nn.Linear):
     @torch.no_grad()
     def settle(self) -> None:
         """Stop gathering; hard concrete gates become part of the weights that they multiply."""
-        if self.gathering and self.hard_concrete and self.score is not None:
+        trained = self.score_steps is not None and bool(self.score_steps)
+        if self.gathering and self.hard_concrete and self.score is not None and trained:
             self.matrix.mul_(self._spread(expected_gate(self.score).clamp(min=SMALLEST_GATE)))
             self.score.fill_(torch.inf)  # open from now on, also when a later checkpoint is loaded
         self.gathering, self._gate = False, None
@@ -208,9 +211,9 @@ class MaskedLinear(nn.Linear):
         return masked
 
     def _walks_blocks(self, input: Tensor) -> bool:
-        kind = input.device.type
-        if not self.has_lists or self._density > MOST_DENSE.get(kind, 0.0):
+        if not self._few_blocks:
             return False
+        kind = input.device.type
         return kind not in WALKING_DTYPES or (
             input.dtype in WALKING_DTYPES[kind] and not torch.is_autocast_enabled(kind)
         )
@@ -226,8 +229,8 @@ class MaskedLinear(nn.Linear):
 
     def _randomly_gated(self, input: Tensor) -> Tensor:
         assert self.score is not None
-        sampling = self.training and torch.is_grad_enabled()
-        gate = sampled_gate(self._leaf(self.score)) if sampling else expected_gate(self.score)
+        # also without gradients: gradient checkpointing runs a training pass so, and again for its backward
+        gate = sampled_gate(self._leaf(self.score)) if self.training else expected_gate(self.score)
         weight = self._masked(self.matrix, None) * self._spread(gate).to(self.weight.dtype)
         return functional.linear(input, weight, self.bias)
 
@@ -242,7 +245,15 @@ class MaskedLinear(nn.Linear):
         if self.has_lists:  # they follow from the mask and are not saved
             kept = BitMask.from_bool(mask.to_bool(), block_shape=self.block_shape)
             self.bit_mask.copy_(kept)
-        self._density = 1.0 - mask.sparsity
+        self._choose_product()
+
+    def _choose_product(self) -> None:
+        # A bool, not the density: compiled code depends on it, and a pruning step must not compile anew.
+        lists, kind = self.bit_mask.lists, self.mask.device.type
+        if lists is not None and kind == "cpu":
+            self._few_blocks = worthwhile(self.weight, lists)
+        else:
+            self._few_blocks = lists is not None and kind == "cuda" and 1.0 - self.sparsity <= MOST_DENSE
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""

@@ -16,7 +16,7 @@ from sdprune.masking.criteria import CRITERIA, lookahead, magnitude, random
 from sdprune.masking.layers import MaskedConv1D, MaskedLinear
 from sdprune.masking.select import select_linears
 from sdprune.masking.structure import Structure
-from sdprune.masking.swap import mask_layer, masked_layers, named_weights, swap
+from sdprune.masking.swap import mask_layer, masked_layers, named_weights, swap, unswap
 
 
 def mask_model(model: nn.Module, config: SDPruneConfig) -> Structure:
@@ -26,10 +26,18 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Structure:
         What is pruned together.
 
     Raises:
-        ValueError: the choice matches nothing, or a layer cannot take the structure.
+        ValueError: the choice matches nothing, a layer cannot take the structure, or the model is pruned already under
+            masks of other blocks.
     """
+    _forget_unused_masks(model)
     structure = Structure.of(model, select_linears(model, config), config)
     criterion = CRITERIA[config.criterion]
+    for name, layer in masked_layers(model).items():
+        if name in structure.layers and layer.block_shape != structure.block_shapes.get(name):
+            raise ValueError(
+                f"layer {name!r} is pruned already, under a mask of blocks {layer.block_shape}, not of "
+                f"{structure.block_shapes.get(name)}; begin with a dense model, or keep the structure"
+            )
     for name in structure.layers:
         shape = structure.block_shapes.get(name)
         make = partial(mask_layer, keep_pruned_values=criterion.revives, block_shape=shape)
@@ -38,6 +46,12 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Structure:
             layer = masked_layers(model.get_submodule(name))[""]
             layer.gather_scores(criterion.start, hard_concrete=config.criterion == "l0")
     return structure
+
+
+def _forget_unused_masks(model: nn.Module) -> None:
+    """Make a model dense again whose masks prune nothing, such as those of a run that was refused."""
+    if masked_layers(model) and masked_fraction(model) == 0.0:
+        unswap(model)
 
 
 @torch.no_grad()

@@ -14,22 +14,29 @@ from sdprune.masking.linears import is_linear, matrix
 from sdprune.masking.swap import masked_layers
 
 
-def check_objectives(model: nn.Module, config: SDPruneConfig) -> None:
-    """Raise ValueError if an objective of `config` does not fit the model."""
+def check_objectives(model: nn.Module, config: SDPruneConfig, who: str = "the model", *, masked: bool = True) -> None:
+    """Raise ValueError if an objective of `config` does not fit the model.
+
+    Args:
+        model: the student or the teacher.
+        config: the objectives.
+        who: how messages call the model.
+        masked: whether it must have masked layers for the objectives that compare weights.
+    """
     used, model_config = config.distillation_weights, getattr(model, "config", None)
     if "kl" in used and getattr(model_config, "problem_type", None) == "multi_label_classification":
         raise ValueError(
-            "distillation 'kl' compares one distribution over the classes, but the model predicts several labels at "
+            f"distillation 'kl' compares one distribution over the classes, but {who} predicts several labels at "
             "once; take 'mse' with representation='logits'"
         )
     if "kl" in used and not generates(model) and getattr(model_config, "num_labels", None) == 1:
         raise ValueError(
-            "distillation 'kl' compares class probabilities, but the model predicts one number; take 'mse' with "
+            f"distillation 'kl' compares class probabilities, but {who} predicts one number; take 'mse' with "
             "representation='logits'"
         )
     if "pooled" in feature_names(config) and getattr(body_of(model), "pooler", None) is None:
-        raise ValueError("representation='pooled', but the model has no pooler; choose first, mean or tokens")
-    if "weights" in needs(config) and not masked_layers(model):
+        raise ValueError(f"representation='pooled', but {who} has no pooler; choose first, mean or tokens")
+    if masked and "weights" in needs(config) and not masked_layers(model):
         names = ", ".join(repr(name) for name in used if name.startswith("aligned_"))
         raise ValueError(
             f"distillation {names} compares masked weights, but the model has none; pass SDPruneCallback in "
@@ -40,7 +47,7 @@ def check_objectives(model: nn.Module, config: SDPruneConfig) -> None:
         outside = [layer for layer in config.hidden_layers if not -layers - 1 <= layer <= layers]
         if outside:
             raise ValueError(
-                f"hidden_layers must lie in [{-layers - 1}, {layers}] for a model of {layers} layers, got {outside}"
+                f"hidden_layers must lie in [{-layers - 1}, {layers}] for {who} with its {layers} layers, got {outside}"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
@@ -101,6 +101,7 @@ class SDPruneTrainer(Trainer):
             return Teacher(model, copy_model=True, dtype=dtype)
         if teacher_model is model:
             raise ValueError("teacher_model is the model itself; leave it out to have a frozen copy made")
+        check_objectives(teacher_model, config, "teacher_model", masked=False)
         check_teacher(model, teacher_model, config)
         return Teacher(teacher_model.to(self.args.device), copy_model=False, dtype=dtype)
 
@@ -225,6 +226,7 @@ class SDPruneTrainer(Trainer):
             positions=logit_mask(logits, inputs, mask, model),
             models=(model, teacher.model),
             queues=self._queues,
+            group=distributed.group.WORLD if self.accelerator.num_processes > 1 else None,
         )
 
     def _steer(self, task: Tensor, distillation: Tensor) -> None:
@@ -260,7 +262,8 @@ class SDPruneTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the parts of the loss and the sparsity to the training rows; user callbacks run too late for that."""
         if "loss" in logs and self._part_count:
-            logs |= {f"loss_{name}": total.item() / self._part_count for name, total in self._parts.items()}
+            totals = self.accelerator.reduce(torch.stack([*self._parts.values()]), "mean").tolist()
+            logs |= {f"loss_{name}": total / self._part_count for name, total in zip(self._parts, totals, strict=True)}
             logs["sparsity"] = masked_fraction(self.accelerator.unwrap_model(self.model))
             if self.sdprune_config.gradient_ratio is not None:
                 logs["distillation_weight"] = self.distillation_weight

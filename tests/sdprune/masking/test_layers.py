@@ -1,10 +1,12 @@
 """`MaskedLinear`, the swap and its inverse."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from sdp_kernels import BitMask
 from sdprune import MaskedLinear, SDPruneConfig
@@ -170,3 +172,30 @@ def test_a_conv1d_by_hand():
     torch.testing.assert_close(layer(rows), rows @ layer.weight + layer.bias)
     layer(rows).square().sum().backward()
     assert torch.equal(layer.weight.grad != 0, mask.T)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler
+def test_compiled_code_outlives_pruning_steps():
+    layer = MaskedLinear(64, 64, block_shape=(16, 16))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    rows = torch.randn(3, 64)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):  # one to walk along blocks
+        for kept in (16, 12, 10, 8, 4, 2):
+            layer.set_mask(BitMask.from_blocks(torch.arange(16).view(4, 4) < kept, (16, 16), (64, 64)))
+            torch.testing.assert_close(compiled(rows), functional.linear(rows, layer.weight, layer.bias))
+
+
+def test_random_gates_are_the_same_when_checkpointing_runs_a_layer_twice():
+    found = []
+    for reentrant in (None, True, False):
+        torch.manual_seed(0)
+        layer = MaskedLinear(8, 8)
+        layer.gather_scores(0.5, hard_concrete=True)
+        rows = torch.randn(4, 8, requires_grad=True)
+        run = layer if reentrant is None else partial(checkpoint, layer, use_reentrant=reentrant)
+        output = run(rows)
+        output.square().sum().backward()
+        found.append((output.detach(), layer.weight.grad, layer.take_sensitivity()))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])

@@ -94,3 +94,18 @@ def test_weights_that_are_not_numbers_are_named(model):
         model.bert.encoder.layer[0].output.dense.weight[3, 3] = torch.nan
     with pytest.raises(ValueError, match=r"layer 'bert\.encoder\.layer\.0\.output\.dense' .*NaN"):
         prune_step(model, SDPruneConfig(), 0.5)
+
+
+def test_masks_of_a_run_that_was_refused_are_forgotten(model, batch):
+    before = model(**batch).logits
+    for fields in ({"structure": "block", "block_shape": (16, 16)}, {"criterion": "l0", "start_ratio": 0.1}, {}):
+        mask_model(model, SDPruneConfig(**fields))
+    assert all(layer.block_shape is None and layer.score is None for layer in masked_layers(model).values())
+    assert torch.equal(model(**batch).logits, before)
+
+
+def test_other_blocks_than_those_of_the_masks_are_refused(model):
+    mask_model(model, SDPruneConfig())
+    prune_step(model, SDPruneConfig(), 0.5)
+    with pytest.raises(ValueError, match=r"layer 'bert.*' is pruned already, under a mask of blocks None, not of \(16"):
+        mask_model(model, SDPruneConfig(structure="block", block_shape=(16, 16)))
