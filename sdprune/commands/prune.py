@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,13 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "prune",
         help="prune a model by a recipe",
-        description="Prune a model. A recipe file holds `key: value` lines with the names of the options below "
-        f"(underscores for hyphens); options override it. Recipes of the package: {', '.join(recipe_names())}.",
+        usage="sdprune prune [--recipe NAME|FILE] --model MODEL [--data DATA] --output OUTPUT [--OPTION VALUE ...]\n"
+        "       sdprune prune --resume OUTPUT",
+        description=_wrapped(
+            "Prune a model. A recipe file holds `key: value` lines with the names of the options below (underscores "
+            f"for hyphens); options override it. Recipes of the package: {', '.join(recipe_names())}."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # the other one breaks names at their hyphens
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of the package, or a YAML or JSON file")
     parser.add_argument("--resume", type=Path, metavar="OUTPUT", help="go on with the interrupted run in this folder")
@@ -29,6 +36,10 @@ def add(commands: Any) -> None:
     for title, kind in PARTS.items():
         add_fields(parser.add_argument_group(title), kind)
     parser.set_defaults(command=run)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, width=min(shutil.get_terminal_size().columns, 100) - 2, break_on_hyphens=False)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -25,6 +25,8 @@ def print_table(metrics: dict[str, Any]) -> None:
             + "".join(f"{row[name]:>12.1%}" for name in names)
             + f"{row['reload_max_difference']:>13.1g}{row['speedup']:>9.2f}x"
         )
+        if "int8" in row:
+            print(f"{'  as int8':<{width}}{'':>10}" + "".join(f"{row['int8'][name]:>12.1%}" for name in names))
     _print_languages(metrics)
     print(
         "\nSparsity is that of the pruned linear layers. Zeros alone do not speed up a dense product: "

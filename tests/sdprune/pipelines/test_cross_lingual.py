@@ -35,6 +35,10 @@ def test_languages_are_reported_apart(foreign, model_folder, csv_file, tmp_path,
         assert languages["fr"]["accuracy"] == scores["accuracy"]
         assert languages["xx"]["accuracy"] == pytest.approx(1.0 - scores["accuracy"])
     assert "accuracy, zero-shot" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "run" / "model"), "--data", str(csv_file)]) == 0
+    scores = row["languages"]["xx"]
+    line = f"xx               accuracy {scores['accuracy']:.4f}, macro_f1 {scores['macro_f1']:.4f}\n"
+    assert line in capsys.readouterr().out
 
 
 def test_labels_take_the_order_of_the_model_in_every_language(foreign, model_factory, tokenizer, csv_file, tmp_path):

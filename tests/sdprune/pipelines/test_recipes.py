@@ -111,6 +111,15 @@ def test_without_torchao(call, tmp_path, monkeypatch, name, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_help_names_the_recipes_whole(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "70")
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    text = capsys.readouterr().out
+    assert all(re.search(rf"[ \n]{name}[,.]", text) for name in recipe_names())
+    assert text.index("Prune a model") < 250  # not behind a screen of all the options
+
+
 def test_unknown_names_are_answered_with_the_nearest(capsys):
     assert main(["prune", "--recipe", "sdp_cc", "--output", "unused"]) == 2
     error = capsys.readouterr().err
