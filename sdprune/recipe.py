@@ -140,6 +140,7 @@ class StagesConfig(CheckedConfig):
     Args:
         pipeline: "prune" (one training, the others below are not used), "prune_then_distill", "pqk" or
             "prune_quantize_distill". In the last three the distillation plays no part in the pruning itself.
+        teacher_model: folder or hub id of another teacher for "prune"; None: a frozen copy of the model.
         retraining_steps: optimizer steps of each training after the pruning; None: as many as the pruning.
         retraining_learning_rate: their peak learning rate; None: that of the pruning.
         student_width_multiple: the feed-forward width of the student of "prune_then_distill" is a multiple of this.
@@ -147,6 +148,7 @@ class StagesConfig(CheckedConfig):
     """
 
     pipeline: str = "prune"
+    teacher_model: str | None = None
     retraining_steps: int | None = None
     retraining_learning_rate: float | None = None
     student_width_multiple: int = 64
@@ -157,6 +159,11 @@ class StagesConfig(CheckedConfig):
         self._check_choice("pipeline", PIPELINES)
         self._check_choice("student_initialization", INITIALIZATIONS)
         self._check_at_least("student_width_multiple", 1)
+        if self.teacher_model is not None and self.pipeline != "prune":
+            raise ValueError(
+                f"teacher_model={self.teacher_model!r} belongs to pipeline='prune'; "
+                f"{self.pipeline!r} makes its own teacher"
+            )
         if self.retraining_steps is not None:
             self._check_at_least("retraining_steps", 1)
         rate = self.retraining_learning_rate

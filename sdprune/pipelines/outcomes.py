@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from sdprune.config import SDPruneConfig
+from sdprune.pipelines.models import align_labels, load_classifier
 from sdprune.pipelines.prune_and_quantize import pqk, prune_quantize_distill
 from sdprune.pipelines.prune_then_distill import prune_then_distill
 from sdprune.pipelines.self_distilled import prune
@@ -90,8 +91,33 @@ def _retraining_args(recipe: Recipe, args: TrainingArguments) -> TrainingArgumen
 def _prune(
     workbench: Workbench, recipe: Recipe, args: TrainingArguments, callbacks: list[TrainerCallback]
 ) -> list[Outcome]:
-    result = prune(workbench.classifier.model, recipe.pruning, args=args, **_inputs(workbench, callbacks))
+    teacher = _teacher(workbench, recipe)
+    inputs = _inputs(workbench, callbacks)
+    result = prune(workbench.classifier.model, recipe.pruning, args=args, teacher_model=teacher, **inputs)
     return [Outcome("", result.model, recipe.pruning, result.output_dir)]
+
+
+def _teacher(workbench: Workbench, recipe: Recipe) -> nn.Module | None:
+    """Return the other teacher that the recipe names, or None.
+
+    Raises:
+        ValueError: nothing is distilled, the teacher has no trained head, or other classes or in another order.
+    """
+    name, task = recipe.stages.teacher_model, workbench.task
+    if name is None:
+        return None
+    if not recipe.pruning.distillation_weights:
+        raise ValueError(f"teacher_model={name!r} teaches nothing: distillation is None")
+    classifier = load_classifier(name, task)
+    if not classifier.trained_head:
+        raise ValueError(f"teacher_model {name!r} has no trained classification head")
+    theirs = align_labels(task, classifier.model).label_names
+    if theirs != task.label_names:
+        raise ValueError(
+            f"teacher_model {name!r} has the classes {', '.join(theirs)}, the model {', '.join(task.label_names)}; "
+            "both need the same ones in the same order"
+        )
+    return classifier.model
 
 
 def _prune_then_distill(
