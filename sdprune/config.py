@@ -27,6 +27,7 @@ CRITERIA = (
     "l0",
     "epsd",
 )
+SENSITIVITY_CRITERIA = ("gradient", "taylor", "movement", "soft_movement", "l0", "epsd")  # these need gradients
 BLOCK_REDUCTIONS = ("sum", "mean", "max")
 SCOPES = ("layer", "global")
 SCHEDULES = ("one_shot", "uniform", "geometric", "cubic")
@@ -200,6 +201,11 @@ class SDPruneConfig(CheckedConfig):
     def _check_selection(self) -> None:
         """Check what decides which units go."""
         self._check_choice("block_reduction", BLOCK_REDUCTIONS)
+        if self.block_reduction != "sum" and self.criterion in SENSITIVITY_CRITERIA:
+            raise ValueError(
+                f"block_reduction must be 'sum' with criterion={self.criterion!r}, which scores blocks as a whole, got "
+                f"{self.block_reduction!r}"
+            )
         if not 0 < self.n <= self.m:
             raise ValueError(f"n and m must satisfy 0 < n <= m, got n={self.n} and m={self.m}")
         if self.structure == "n:m":

@@ -53,6 +53,7 @@ def test_field_names_of_the_parts_do_not_overlap():
         ({"target_sparsity": float("nan")}, r"target_sparsity must lie in \[0, 1\), got nan"),
         ({"structure": "blok"}, r"structure must be one of .*'hybrid', got 'blok' \(did you mean 'block'"),
         ({"block_shape": (0, 8)}, r"block_shape must hold two positive sizes \(out, in\), got \(0, 8\)"),
+        ({"criterion": "taylor", "block_reduction": "max"}, "block_reduction must be 'sum' with criterion='taylor'"),
         ({"criterion": "move"}, "criterion must be one of .*, got 'move'"),
         ({"schedule": "linear"}, "schedule must be one of 'one_shot', 'uniform', 'geometric', 'cubic', got 'linear'"),
         ({"start_ratio": 0.7, "end_ratio": 0.5}, "start_ratio and end_ratio must satisfy"),

@@ -214,6 +214,11 @@ def test_the_task_weight_is_used(make):
             r"layer\.0\.intermediate\.dense\.weight has shape \(64, 32\) in the model, shape \(32, 32\) in teacher",
         ),
         ({"num_hidden_layers": 1}, {"distillation": "aligned_cosine"}, r"layer\.1\..* no such weight in teacher_model"),
+        (
+            {"num_hidden_layers": 1},
+            {"hidden_layers": (2,), "representation": "mean"},
+            r"hidden_layers must lie in \[-2, 1\] for teacher_model with its 1 layers, got \[2\]",
+        ),
     ],
 )
 def test_teachers_that_do_not_fit_are_refused(make, model_factory, changes, fields, message):
