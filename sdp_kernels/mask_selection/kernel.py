@@ -5,10 +5,15 @@ digit, one kernel counts its values among the scores that agree with the digits 
 value in which the wanted rank falls. The state stays on the device: the host never waits in between. Counts are
 integers, so the order in which programs add theirs does not change the result.
 
+In float32 a sample guesses the threshold, and the first reading also counts the values of the first two digits in a
+window around the guess. Where the wanted rank falls into it, which these counts tell for certain, the reading for the
+second digit is not needed: its programs leave at once.
+
 The last digit is counted while the mask is written, with all scores kept that agree with the threshold in the digits
 before. In float32 only one score in thousands does, so few programs have to read theirs again and decide by all digits.
 They keep all scores equal to the threshold and note how many these are; those that have one too many read once more.
-So every score is read three times in float32, and so in half precision, where most programs decide twice.
+So every score is read twice in float32 if the guess was right, otherwise three times, and so in half precision, where
+most programs decide twice.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -29,6 +34,7 @@ BITS = 11
 BLOCK_WORDS = 32
 TILES = 8  # a program counts
 TILE_WARPS = 4
+SAMPLE, SAMPLE_STRIDE = 2**16, 127  # scores of a group at most; one in so many at most, odd to visit all columns
 # The digits that tell scores apart. A score in half precision becomes a float32 with zeros in its last 12 bits or more.
 DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 
@@ -47,10 +53,14 @@ def keep_highest(
     device = units[0].device
     units = [each.detach().contiguous() for each in units]
     digits = max(DIGITS[each.dtype] for each in units)
-    state = torch.tensor([[0, number, 0] for number in pruned], dtype=torch.int64).to(device)
+    state = torch.tensor([[0, number, 0, 0] for number in pruned], dtype=torch.int64).to(device)
     nans = torch.zeros(len(units), dtype=torch.int32, device=device)
+    guesses = [_guess([units[i] for i in group], k) for group, k in zip(groups, pruned, strict=True) if digits == 3]
+    guess = torch.stack(guesses) if guesses else torch.empty(len(groups), device=device)
     for digit in range(digits - 1):
+        guessed = digits == 3 and digit == 0
         counts = torch.zeros((len(groups), 2**BITS), dtype=torch.int64, device=device)
+        window = torch.zeros((len(groups), 2**BITS + 1), dtype=torch.int64, device=device) if guessed else counts
         for number, group in enumerate(groups):
             for index in group:
                 words = math.prod(words_shape(units[index].shape))
@@ -59,15 +69,18 @@ def keep_highest(
                     state[number],
                     counts[number],
                     nans[index:],
+                    guess[number],
+                    window[number],
                     words,
                     units[index].shape[1],
                     DIGIT=digit,
+                    GUESSED=guessed,
                     BITS=BITS,
                     BLOCK_WORDS=BLOCK_WORDS,
                     TILES=TILES,
                     num_warps=TILE_WARPS,
                 )
-        _digit_kernel[(len(groups),)](state, counts, DIGIT=digit, BITS=BITS)
+        _digit_kernel[(len(groups),)](state, counts, guess, window, DIGIT=digit, GUESSED=guessed, BITS=BITS)
     packed = [unit.new_empty(words_shape(unit.shape), dtype=torch.int32) for unit in units]
     programs = [triton.cdiv(words.numel(), BLOCK_WORDS) for words in packed]
     ties = [torch.empty(number, dtype=torch.int32, device=device) for number in programs]
@@ -90,11 +103,19 @@ def keep_highest(
                     num_warps=TILE_WARPS,
                 )
         if decided < digits:
-            _digit_kernel[(len(groups),)](state, counts, DIGIT=decided, BITS=BITS)
+            _digit_kernel[(len(groups),)](state, counts, guess, counts, DIGIT=decided, GUESSED=False, BITS=BITS)
     for number, group in enumerate(groups):
         own_units, own_words, own_ties = ([each[index] for index in group] for each in (units, packed, ties))
         _drop_ties(own_units, own_words, own_ties, state[number], digits)
     return packed, (nans != 0).tolist()
+
+
+def _guess(units: Sequence[Tensor], pruned: int) -> Tensor:
+    """About the `pruned`-th lowest score."""
+    number = sum(unit.numel() for unit in units)
+    stride = max(SAMPLE_STRIDE, number // SAMPLE | 1)
+    sample = torch.cat([unit.view(-1)[::stride].float() for unit in units])
+    return sample.sort().values[max(0, pruned - 1) * sample.numel() // number]
 
 
 def _drop_ties(
@@ -160,21 +181,43 @@ def _word(keep):
 
 
 @triton.jit
+def _window_start(guess, BITS: tl.constexpr):
+    """The first two digits of the least scores in the window around a guess."""
+    return _leading_digits(tl.load(guess), 2, BITS) - 2 ** (BITS - 1)
+
+
+@triton.jit
+def _histogram(value, chosen, BITS: tl.constexpr):
+    """How often each number of `BITS` bits occurs among those chosen."""
+    size: tl.constexpr = value.shape[0] * value.shape[1]
+    return tl.histogram(tl.reshape(value.to(tl.int32), (size,)), 2**BITS, mask=tl.reshape(chosen, (size,)))
+
+
+@triton.jit
 def _count_kernel(
     scores,  # (rows, columns)
-    state,  # (3,) int64: digits found, rank among the scores that begin with them, how many these are
+    state,  # (4,) int64: digits found, rank among scores that begin with them, how many these are, 1 if two at once
     counts,  # (2**BITS,) int64, added to
     nans,  # one int32, added to
+    guess,  # one float32, read if GUESSED
+    window,  # (2**BITS + 1,) int64, added to if GUESSED: scores in the window, all below it
     words,  # of the mask
     columns,
     DIGIT: tl.constexpr,
+    GUESSED: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    if DIGIT == 1 and tl.load(state + 3) == 1:  # the window has told this digit too
+        return
     found = tl.load(state)
     counted = tl.zeros((2**BITS,), tl.int32)
     strange = tl.zeros((BLOCK_WORDS,), tl.int32)
+    if GUESSED:
+        start = _window_start(guess, BITS)
+        in_window = tl.zeros((2**BITS,), tl.int32)
+        below = tl.zeros((BLOCK_WORDS,), tl.int32)
     for tile in range(0, TILES):
         first = (tl.program_id(0) * TILES + tile) * BLOCK_WORDS
         place, _column, inside = _places(first, words, columns, BLOCK_WORDS)
@@ -184,39 +227,65 @@ def _count_kernel(
         last: tl.constexpr = _length(DIGIT, BITS)
         leading = _leading_digits(x, DIGIT + 1, BITS)
         chosen = inside & ((leading >> last) == found)
-        value = (leading & (2**last - 1)).to(tl.int32)
-        counted += tl.histogram(
-            tl.reshape(value, (BLOCK_WORDS * 32,)), 2**BITS, mask=tl.reshape(chosen, (BLOCK_WORDS * 32,))
-        )
-    tl.atomic_add(counts + tl.arange(0, 2**BITS), counted.to(tl.int64), mask=counted > 0)
+        counted += _histogram(leading & (2**last - 1), chosen, BITS)
+        if GUESSED:
+            distance = _leading_digits(x, 2, BITS) - start
+            chosen = inside & (distance >= 0) & (distance < 2**BITS)
+            in_window += _histogram(tl.where(chosen, distance, 0), chosen, BITS)
+            below += tl.sum((inside & (distance < 0)).to(tl.int32), 1)
+    value = tl.arange(0, 2**BITS)
+    tl.atomic_add(counts + value, counted.to(tl.int64), mask=counted > 0)
     if DIGIT == 0:
         total = tl.sum(strange)
         tl.atomic_add(nans, total, mask=total > 0)
+    if GUESSED:
+        tl.atomic_add(window + value, in_window.to(tl.int64), mask=in_window > 0)
+        tl.atomic_add(window + 2**BITS, tl.sum(below).to(tl.int64))
 
 
 @triton.jit
-def _digit_kernel(
-    state,  # (groups, 3) int64
-    counts,  # (groups, 2**BITS) int64
-    DIGIT: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    group = tl.program_id(0)
-    state += 3 * group
+def _store_found(state, counts, found, rank, BITS: tl.constexpr):
+    """Of digits that begin with `found`, those of the score of this rank; from how many scores have each."""
     value = tl.arange(0, 2**BITS)
-    counted = tl.load(counts + group * 2**BITS + value)
-    rank = tl.load(state + 1)
+    counted = tl.load(counts + value)
     below = tl.cumsum(counted, 0) < rank
     digit = tl.sum(below.to(tl.int64))
-    tl.store(state, (tl.load(state) << _length(DIGIT, BITS)) | digit)
+    tl.store(state, found + digit)
     tl.store(state + 1, rank - tl.sum(tl.where(below, counted, 0)))
     tl.store(state + 2, tl.sum(tl.where(value == digit, counted, 0)))
 
 
 @triton.jit
+def _digit_kernel(
+    state,  # (groups, 4) int64
+    counts,  # (groups, 2**BITS) int64
+    guess,  # (groups,) float32, read if GUESSED
+    window,  # (groups, 2**BITS + 1) int64, read if GUESSED
+    DIGIT: tl.constexpr,
+    GUESSED: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    group = tl.program_id(0)
+    state += 4 * group
+    if DIGIT == 1 and tl.load(state + 3) == 1:  # the window has told this digit too
+        return
+    found = tl.load(state) << _length(DIGIT, BITS)
+    rank = tl.load(state + 1)
+    if GUESSED:
+        window += group * (2**BITS + 1)
+        below = tl.load(window + 2**BITS)
+        number = tl.sum(tl.load(window + tl.arange(0, 2**BITS)))
+        if (rank > below) & (rank <= below + number):
+            _store_found(state, window, _window_start(guess + group, BITS), rank - below, BITS)
+            tl.store(state + 3, 1)
+            return
+    _store_found(state, counts + group * 2**BITS, found, rank, BITS)
+
+
+@triton.jit
 def _pack_kernel(
     scores,  # (rows, columns)
-    state,  # (3,) int64, of the first `DECIDED` digits
+    state,  # (4,) int64, of the first `DECIDED` digits
     packed,  # (rows, words of a row) int32
     ties,  # (programs,) int32: scores that agree with the threshold so far
     counts,  # (2**BITS,) int64, of the last digit: added to unless all are decided
@@ -241,17 +310,15 @@ def _pack_kernel(
     tl.store(ties + program, number)
     if DECIDED < DIGITS and number > 0:
         last: tl.constexpr = _length(DECIDED, BITS)
-        value = (_leading_digits(x, DECIDED + 1, BITS) & (2**last - 1)).to(tl.int32)
-        counted = tl.histogram(
-            tl.reshape(value, (BLOCK_WORDS * 32,)), 2**BITS, mask=tl.reshape(tied, (BLOCK_WORDS * 32,))
-        )
+        value = _leading_digits(x, DECIDED + 1, BITS) & (2**last - 1)
+        counted = _histogram(value, tied, BITS)
         tl.atomic_add(counts + tl.arange(0, 2**BITS), counted.to(tl.int64), mask=counted > 0)
 
 
 @triton.jit
 def _drop_ties_kernel(
     scores,  # (rows, columns)
-    state,  # (3,) int64
+    state,  # (4,) int64
     packed,  # (rows, words of a row) int32
     ties,  # (programs,) int32
     before,  # (programs,) int64: ties of all programs before
@@ -300,16 +367,19 @@ def _n_of_m_kernel(
 
 def configurations() -> Iterator[KernelConfig]:
     """Every kernel for each dtype of the scores."""
-    types = dict.fromkeys(("state", "counts", "before"), "*i64") | dict.fromkeys(("nans", "packed", "ties"), "*i32")
-    types |= dict.fromkeys(("words", "columns", "n", "m"), "i32")
+    types = dict.fromkeys(("state", "counts", "window", "before"), "*i64") | dict.fromkeys(
+        ("nans", "packed", "ties"), "*i32"
+    )
+    types |= dict.fromkeys(("words", "columns", "n", "m"), "i32") | {"guess": "*fp32"}
     tile = {"BLOCK_WORDS": BLOCK_WORDS}
-    for digit in range(max(DIGITS.values())):
-        yield KernelConfig(_digit_kernel, types, {"DIGIT": digit, "BITS": BITS})
+    for digit, guessed in ((0, True), (0, False), (1, False), (2, False)):
+        yield KernelConfig(_digit_kernel, types, {"DIGIT": digit, "GUESSED": guessed, "BITS": BITS})
     for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
         typed = types | {"scores": f"*{name}"}
         digits = DIGITS[dtype]
         for digit in range(digits - 1):
-            constants = {"DIGIT": digit, "BITS": BITS, "TILES": TILES, **tile}
+            guessed = digits == 3 and digit == 0
+            constants = {"DIGIT": digit, "GUESSED": guessed, "BITS": BITS, "TILES": TILES, **tile}
             yield KernelConfig(_count_kernel, typed, constants, TILE_WARPS)
         for decided in (digits - 1, digits):
             constants = {"DECIDED": decided, "DIGITS": digits, "BITS": BITS, **tile}

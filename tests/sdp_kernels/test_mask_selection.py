@@ -179,6 +179,69 @@ def test_kernels_rank_many_tensors(dtype: torch.dtype, scope: Any, device: torch
             assert mask.to("cpu").equal(want)
 
 
+def _misleading_scores(order: str) -> Tensor:
+    """(40, 300) scores whose every 127th tells little or nothing about the rest."""
+    scores = torch.randn(12000).sort().values
+    if order == "descending":
+        scores = scores.flip(0)
+    elif order == "constant":
+        scores = torch.full((12000,), -2.5)
+    elif order == "the sample is the highest":
+        scores[::127] = 1e30
+    elif order == "the sample is the lowest":
+        scores[::127] = -torch.inf
+    elif order == "the sample is constant":
+        scores[::127] = 0.0
+    elif order == "a gap":
+        scores = torch.where(torch.rand(12000) < 0.5, 0.0, torch.rand(12000) + 1)
+    return scores.view(40, 300)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "ascending",
+        "descending",
+        "constant",
+        "the sample is the highest",
+        "the sample is the lowest",
+        "the sample is constant",
+        "a gap",
+    ],
+)
+def test_kernels_verify_what_a_sample_guesses(order: str, device: torch.device, triton_backend: str) -> None:
+    scores = _misleading_scores(order)
+    for sparsity in (0.3, 0.9):
+        expected = select_mask(scores, sparsity)
+        with use_backend(triton_backend):
+            assert select_mask(scores.to(device), sparsity).to("cpu").equal(expected)
+
+
+@pytest.mark.parametrize("guess", [-torch.inf, 1.0, torch.inf, None])
+def test_kernels_need_no_second_count_if_the_guess_is_right(
+    guess: float | None, device: torch.device, triton_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the count of the second digit, right masks only come from counts around the guess, and only then."""
+    from sdp_kernels.mask_selection import kernel
+
+    class WithoutSecondCount:
+        def __getitem__(self, grid: Any) -> Any:
+            launch = count[grid]
+            return lambda *args, DIGIT, **options: DIGIT == 1 or launch(*args, DIGIT=DIGIT, **options)
+
+    count = kernel._count_kernel
+    scores = [torch.rand(60, 300) + 1, torch.rand(20, 300) + 1]
+    expected = select_mask(scores, 0.7, scope="global")
+    if guess is not None:
+        monkeypatch.setattr(kernel, "_guess", lambda units, _: torch.tensor(guess, device=units[0].device))
+    with use_backend(triton_backend):
+        exact = select_mask([each.to(device) for each in scores], 0.7, scope="global")
+        monkeypatch.setattr(kernel, "_count_kernel", WithoutSecondCount())
+        halved = select_mask([each.to(device) for each in scores], 0.7, scope="global", allow_empty=True)
+    assert all(mask.to("cpu").equal(want) for mask, want in zip(exact, expected, strict=True))
+    assert all(mask.to("cpu").equal(want) for mask, want in zip(halved, expected, strict=True)) == (guess is None)
+
+
 @pytest.mark.parametrize(("n", "m", "columns"), [(2, 4, 36), (1, 3, 99), (7, 16, 64), (5, 5, 5)])
 def test_kernels_keep_n_of_m(n: int, m: int, columns: int, device: torch.device, triton_backend: str) -> None:
     scores = torch.randn(7, columns).mul(2).round().to(device)
