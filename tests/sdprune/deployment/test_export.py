@@ -85,7 +85,7 @@ def test_a_model_that_is_still_masked(make_dense, architecture, form, criterion,
     mask_model(model, config)
     for layer in masked_layers(model).values():
         if layer.score is not None:
-            layer.score.normal_(2.0)
+            layer.score.normal_()  # so that the gates of the kept blocks are not 1
             layer.score_steps += 1
     prune_step(model, config, 0.8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
