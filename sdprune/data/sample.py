@@ -193,9 +193,11 @@ def _show_progress(process: subprocess.Popen[bytes], wheel: Archive, directory: 
 
 def _bytes_below(directory: Path) -> int:
     total = 0
-    for path in directory.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves its files while we look
-            total += path.stat().st_size if path.is_file() else 0
+    # pip moves its files and folders while we look: os.walk passes over folders that are gone, Path.rglob raises
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(folder, name))
     return total
 
 

