@@ -1,4 +1,4 @@
-"""Command line: `python -m bench NAME | all | plot NAME | resources`."""
+"""Command line: `python -m bench NAME | all | plot NAME | recipes | resources`."""
 
 import argparse
 import math
@@ -43,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--device", help="folder under the results; needed if several have this grid")
     plot.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     plot.set_defaults(run=_plot)
+    recipes = commands.add_parser("recipes", help="every recipe of sdprune once, at the length of its demo")
+    recipes.add_argument("--recipe", nargs="+", metavar="NAME", help="only these rows")
+    recipes.add_argument("--output", type=Path, default=Path("runs/recipes"), help="folder of the runs")
+    recipes.add_argument("--quick", action="store_true", help="a smoke test: few rows and steps, nothing kept")
+    recipes.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    recipes.set_defaults(run=_recipes)
     resources = commands.add_parser("resources", help="compile every kernel for every GPU and check what it uses")
     resources.add_argument("--arch", type=int, nargs="+", help="compute capabilities, such as 90")
     resources.add_argument("--op", nargs="+", help="names of ops")
@@ -89,6 +95,19 @@ def _plot(options: argparse.Namespace) -> int:
         print(plot(options.results, options.grid, options.device))
     except ValueError as error:
         return _refuse(error)
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from bench.recipes import NAMES, markdown, run_recipes  # transformers takes seconds
+
+    names = options.recipe or NAMES
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise SystemExit(f"--recipe: no {', '.join(unknown)}; choose of: {', '.join(NAMES)}")
+    with tempfile.TemporaryDirectory() as thrown_away:
+        output, results = (Path(thrown_away),) * 2 if options.quick else (options.output, options.results)
+        print(markdown(run_recipes(names, output, results, quick=options.quick)))
     return 0
 
 

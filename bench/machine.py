@@ -50,7 +50,7 @@ class Machine:
             "torch": torch.__version__,
             "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
             "python": platform.python_version(),
-            "commit": commit(ROOT),
+            "commit": commit(ROOT, "sdp_kernels", "bench"),
             "code": code_hash(ROOT),
         }
 
@@ -118,8 +118,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def commit(root: Path) -> str:
-    """The short commit, with "-dirty" if what is measured differs from it; "unknown" in a copy without git."""
+def commit(root: Path, *packages: str) -> str:
+    """The short commit, with "-dirty" if these packages differ from it; "unknown" in a copy without git."""
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
         return "unknown"
@@ -128,7 +128,7 @@ def commit(root: Path) -> str:
         done = subprocess.run([git, "-C", str(root), *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    changed = ask("status", "--porcelain", "--", "sdp_kernels", "bench", ":!bench/results")
+    changed = ask("status", "--porcelain", "--", *packages, ":!bench/results")
     return ask("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 

@@ -119,7 +119,7 @@ def demo(output: Path, *, quick: bool = False, cache: Path | None = None) -> dic
     size = QUICK if quick else FULL
     training = settled(size.training)
     bf16 = bool(training.bf16)
-    dense_folder = _fine_tuned(size, bf16, cache)
+    dense_folder = fine_tuned(size, bf16, cache)
     workbench = load_workbench(str(dense_folder), size.data, cache)
     task, dense = workbench.task, workbench.classifier.model
     scores = {"dense": workbench.score(workbench.predict_test(dense, "testing dense", bf16=bf16))}
@@ -152,8 +152,8 @@ def demo(output: Path, *, quick: bool = False, cache: Path | None = None) -> dic
     return metrics
 
 
-def _fine_tuned(size: DemoSize, bf16: bool, cache: Path | None) -> Path:
-    """Return the folder of the fine-tuned dense model, made the first time."""
+def fine_tuned(size: DemoSize, bf16: bool, cache: Path | None = None) -> Path:
+    """Return the folder of the fine-tuned dense model, made the first time and kept in the cache."""
     unpruned = SDPruneConfig(target_sparsity=0.0, distillation=None, pruning_steps=1)
     recipe = Recipe(BUNDLED_MODEL, size.data, replace(size.fine_tuning, bf16=bf16), unpruned)
     key = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:16]

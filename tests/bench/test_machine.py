@@ -17,18 +17,18 @@ def sources(root: Path) -> Path:
 
 def test_commit_with_and_without_git(tmp_path: Path) -> None:
     root = sources(tmp_path)
-    assert commit(root) == "unknown"
+    assert commit(root, "bench", "sdp_kernels") == "unknown"
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", "-C", str(root), *command], check=True)
-    clean = commit(root)
+    clean = commit(root, "bench", "sdp_kernels")
     assert len(clean) >= 7
     (root / "notes.md").write_text("does not matter")
     (root / "bench" / "results").mkdir()
     (root / "bench" / "results" / "loss.jsonl").write_text("{}\n")
-    assert commit(root) == clean
+    assert commit(root, "bench", "sdp_kernels") == clean
     (root / "sdp_kernels" / "new.py").write_text("")
-    assert commit(root) == f"{clean}-dirty"
+    assert commit(root, "bench", "sdp_kernels") == f"{clean}-dirty"
 
 
 def test_code_hash_follows_the_sources(tmp_path: Path) -> None:

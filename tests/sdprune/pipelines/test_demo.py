@@ -46,9 +46,9 @@ def test_the_demo_writes_what_it_promises(small):
 
 
 def test_the_fine_tuned_model_is_made_once(small, monkeypatch):
-    folder = module._fine_tuned(module.QUICK, False, small / "cache")
+    folder = module.fine_tuned(module.QUICK, False, small / "cache")
     made = (folder / "model.safetensors").stat().st_mtime_ns
-    assert module._fine_tuned(module.QUICK, False, small / "cache") == folder
+    assert module.fine_tuned(module.QUICK, False, small / "cache") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
 
 
