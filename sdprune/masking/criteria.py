@@ -137,9 +137,12 @@ def descend_hard_concrete(score: Tensor, sensitivity: Tensor, config: SDPruneCon
 def _descend(score: Tensor, sensitivity: Tensor, open: Tensor, config: SDPruneConfig) -> Tensor:
     # The gradient of a single weight is tiny and its scale arbitrary. Its root mean square over the layer stands in
     # for the second moment by which Adam, the optimizer of the published scores, divides.
-    scale = sensitivity.square().mean().sqrt().clamp(min=torch.finfo(sensitivity.dtype).tiny)
+    # Relative to the largest one, or the squares of tiny ones would be 0 and the quotient enormous.
+    tiny = torch.finfo(sensitivity.dtype).tiny
+    relative = sensitivity / sensitivity.abs().amax().clamp(min=tiny)
+    scale = relative.square().mean().sqrt().clamp(min=tiny)
     penalty = config.sparsity_penalty * open * (1 - open)
-    return score - config.score_learning_rate * (sensitivity / scale + penalty)
+    return score - config.score_learning_rate * (relative / scale + penalty)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def _scores(layers: Mapping[str, MaskedLinear], structure: Structure, config: SD
             if layer.score is None or layer.score_steps is None or not int(layer.score_steps):
                 raise ValueError(
                     f"criterion={config.criterion!r} ranks by gradients, but layer {name!r} has seen none since the "
-                    "last pruning step; train at least one step first (start_ratio > 0)"
+                    "last pruning step; train at least one step first (start_ratio > 0), with fp16 several: steps "
+                    "whose gradients overflow do not count"
                 )
             gathered[name] = criterion.score(layer.score)
         return gathered
@@ -139,21 +140,31 @@ def gather(model: nn.Module, config: SDPruneConfig, scale: float = 1.0) -> None:
     if update is None:
         return
     parallel = distributed.is_available() and distributed.is_initialized()
+    divisor = scale * (distributed.get_world_size() if parallel else 1)
+    taken: list[tuple[MaskedLinear, Tensor]] = []
     for layer in masked_layers(model).values():
-        if not layer.gathering or layer.score is None or layer.score_steps is None:
+        if not layer.gathering or layer.score is None:
             continue
-        found = layer.take_sensitivity()
-        if found is None and not parallel:
-            continue
-        # a layer that only the batches of other ranks went through takes part in the mean
-        sensitivity = torch.zeros_like(layer.score) if found is None else found / scale
+        sensitivity = layer.take_sensitivity()
+        if sensitivity is None:
+            if not parallel:
+                continue
+            # a layer that only the batches of other ranks went through takes part in the mean
+            sensitivity = torch.zeros_like(layer.score)
         if parallel:
             distributed.all_reduce(sensitivity)
-            sensitivity /= distributed.get_world_size()
-        # not a step that overflowed, which the loss scaler skips too; decided on the device, without waiting for it
-        usable = sensitivity.isfinite().all()
-        layer.score.copy_(torch.where(usable, update(layer.score, sensitivity, config), layer.score))
-        layer.score_steps += usable
+        taken.append((layer, sensitivity.div_(divisor)))
+    if not taken:
+        return
+    # Not a step that overflowed anywhere: the loss scaler skips it whole, and layers that saw more steps than others
+    # would score higher. Decided on the device, without waiting for it.
+    finite = [sensitivity.isfinite().all() for _, sensitivity in taken]
+    usable = torch.stack([each.to(finite[0].device) for each in finite]).all()
+    for layer, sensitivity in taken:
+        if layer.score is not None and layer.score_steps is not None:
+            counts = usable.to(layer.score.device)
+            layer.score.copy_(torch.where(counts, update(layer.score, sensitivity, config), layer.score))
+            layer.score_steps += counts
 
 
 @torch.no_grad()

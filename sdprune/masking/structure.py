@@ -120,7 +120,7 @@ class Structure:
     Args:
         parts: the parts, each of units of one kind.
         block_shapes: the block shape of every layer pruned in blocks, by name.
-        couplings: the couplings of the layers, where the criterion or the structure asks for them.
+        couplings: the couplings of pruned layers alone, where the criterion or the structure asks for them.
     """
 
     parts: tuple[tuple[Blocks | Units, ...], ...]
@@ -159,7 +159,9 @@ class Structure:
             _check_groups(shapes, config.m)
         rest = tuple(Blocks(name, shapes[name], blocks.get(name, (1, 1)), config.block_reduction) for name in others)
         parts = tuple(part for part in (rest, units) if part)
-        return cls(parts, blocks, tuple(couplings))
+        pruned = {*others, *taken}
+        inside = tuple(each for each in couplings if {each.consumer, *each.producers} <= pruned)
+        return cls(parts, blocks, inside)
 
     def select(
         self, scores: Mapping[str, Tensor], masks: Mapping[str, BitMask], sparsity: float, config: SDPruneConfig

@@ -92,7 +92,7 @@ def test_a_pruned_head_or_neuron_contributes_nothing(architecture, build, inputs
 
 
 @pytest.mark.parametrize("criterion", ["gradient", "taylor", "movement", "soft_movement", "l0", "epsd", "lookahead"])
-@pytest.mark.parametrize("structure", ["unstructured", "block", "hybrid"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_every_criterion_prunes_every_kind_of_layer(criterion, structure, build, inputs_for):
     for architecture in ("gpt2", "llama"):
         model = build(architecture)

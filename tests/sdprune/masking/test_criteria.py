@@ -227,7 +227,7 @@ def test_the_configuration_knows_which_criteria_need_gradients():
     assert set(SENSITIVITY_CRITERIA) == {name for name, each in CRITERIA.items() if each.update}
 
 
-@pytest.mark.parametrize("criterion", [name for name, each in CRITERIA.items() if each.update])
+@pytest.mark.parametrize("criterion", SENSITIVITY_CRITERIA)
 def test_no_gradient_yet_is_an_error(criterion, model):
     config = config_for(criterion)
     mask_model(model, config)
@@ -257,6 +257,75 @@ def test_steps_that_overflow_are_left_out(model, batch):
     gather(model, config)
     assert torch.equal(layer.score, expected)
     assert int(layer.score_steps) == 1
+
+
+def scores_of(model, batch, criterion, structure, *, autocast=None, scale=1.0):
+    """The scores after one step of two accumulated halves, clipped."""
+    config = config_for(criterion, structure=structure, block_shape=(4, 8))
+    mask_model(model.train(), config)
+    torch.manual_seed(7)  # the gates of l0
+    for half in halves(batch):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = model(**half).loss / 2
+        (loss * scale).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    gather(model, config, scale=scale)
+    return torch.cat([CRITERIA[criterion].score(layer.score).flatten() for layer in masked_layers(model).values()])
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("structure", ["unstructured", "block"])
+@pytest.mark.parametrize("criterion", SENSITIVITY_CRITERIA)
+def test_half_precision_ranks_as_single_precision_does(criterion, structure, half, model_factory, batch):
+    scale = 1024.0 if half is torch.float16 else 1.0
+    expected = scores_of(model_factory(**SURE), batch, criterion, structure)
+    found = {
+        "weights": scores_of(model_factory(**SURE).to(half), batch, criterion, structure, scale=scale),
+        "autocast": scores_of(model_factory(**SURE), batch, criterion, structure, autocast=half, scale=scale),
+    }
+    for how, scores in found.items():
+        assert scores.dtype == torch.float32, how
+        assert torch.corrcoef(torch.stack((scores, expected)))[0, 1] > 0.98, how
+
+
+@pytest.mark.parametrize("criterion", SENSITIVITY_CRITERIA)
+def test_a_step_that_a_loss_scaler_skips_leaves_no_trace(criterion, model_factory, batch):
+    """One layer overflows; the scaler skips the whole step, and so do the scores of all layers."""
+    config, scores = config_for(criterion), []
+    for overflow in ((False, False), (False, True, False)):
+        model = model_factory(**SURE).train()
+        mask_model(model, config)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        for broken in overflow:
+            torch.manual_seed(0)
+            before = {name: value.detach().clone() for name, value in model.named_parameters()}
+            with torch.autocast("cpu", torch.float16):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            if broken:
+                layer = masked_layers(model)[LAYER]
+                layer.weight.grad[0, 0] = layer._gate.grad[0, 0] = torch.inf
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            gather(model, config, scale=scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            assert broken is all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+        assert all(int(layer.score_steps) == 2 for layer in masked_layers(model).values())
+        scores.append({name: layer.score for name, layer in masked_layers(model).items()})
+    for name, score in scores[0].items():  # the scale is another now, and so is what rounds
+        torch.testing.assert_close(scores[1][name], score, rtol=1e-2, atol=1e-2 * float(score.abs().max()))
+
+
+@pytest.mark.parametrize("criterion", ["soft_movement", "l0"])
+@pytest.mark.parametrize("size", [1e-30, 1e25, 0.0])
+def test_trained_scores_do_not_depend_on_the_size_of_the_gradient(criterion, size):
+    config, update = config_for(criterion), CRITERIA[criterion].update
+    sensitivity = torch.randn(3, 4) if size else torch.zeros(3, 4)
+    expected = update(torch.zeros(3, 4), sensitivity, config)
+    torch.testing.assert_close(update(torch.zeros(3, 4), sensitivity * size, config), expected)
 
 
 def small_model():
