@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,9 @@ from sdprune.masking.schedule import (
 )
 from sdprune.masking.structure import Structure, reached_sparsity
 from sdprune.masking.swap import masked_layers
+from sdprune.training.origin import differences
+
+STATE_NAME = "SDPruneConfig"  # in trainer_state.json
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +32,8 @@ class SDPruneCallback(TrainerCallback):
 
     Pass it to the Trainer when that is built: the layers must be masked before a checkpoint is loaded. The masks
     live in the model and are saved with it; the schedule is a function of the step; so a resumed run prunes
-    exactly as an uninterrupted one. The target is reached even where the training ends early.
+    exactly as an uninterrupted one. Every checkpoint holds the configuration as `sdprune_config.json`. The target is
+    reached even where the training ends early.
 
     Args:
         config: what is pruned, how far, when.
@@ -35,7 +41,7 @@ class SDPruneCallback(TrainerCallback):
     Raises:
         ValueError: when the Trainer is built or starts: nothing to prune, a block that does not divide a layer,
             more pruning steps than the training has room for, `load_best_model_at_end` (it would pick a model
-            from before the target), or a checkpoint whose masks do not belong to this configuration.
+            from before the target), or a checkpoint of another configuration or with other masks.
     """
 
     def __init__(self, config: SDPruneConfig) -> None:
@@ -59,8 +65,18 @@ class SDPruneCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         if not masked_layers(model) or self._structure is None:
             raise ValueError("the model has no masked layers; pass SDPruneCallback in callbacks=[...] of the Trainer")
+        self._check_config(state)
         check_gradients_come_first(self.config, state.max_steps)
         self._check_sparsity(model, sparsity_before(self.config, state.max_steps, state.global_step), self._structure)
+
+    def _check_config(self, state: TrainerState) -> None:
+        """Compare with the configuration of the checkpoint, if the training goes on from one, and have it saved."""
+        # What a callback leaves in the state, the Trainer saves and loads; it tells nobody where the checkpoint lies.
+        kept: Any = state.stateful_callbacks
+        own = json.loads(json.dumps(self.config.to_dict()))  # as a file gives it: lists for tuples
+        changed = differences(kept.setdefault(STATE_NAME, own), own)
+        if changed:
+            raise ValueError(f"the checkpoint has another configuration ({'; '.join(changed)})")
 
     def _check_sparsity(self, model: nn.Module, asked: float, structure: Structure) -> None:
         expected = reached_sparsity(asked, self.config)
@@ -100,6 +116,11 @@ class SDPruneCallback(TrainerCallback):
     ) -> None:
         """Put back the zeros that momentum or weight decay moved."""
         zero_pruned(kwargs["model"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave the configuration in the checkpoint, for those who export it."""
+        if state.is_world_process_zero:
+            self.config.save_pretrained(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,5 +1,8 @@
 """`SDPruneCallback`: when it prunes, what stays zero, what it refuses."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
@@ -8,6 +11,8 @@ from sdprune import SDPruneCallback, SDPruneConfig
 from sdprune.masking.pruner import masked_fraction, measure_sparsity
 from sdprune.masking.schedule import sparsity_before
 from sdprune.masking.swap import masked_layers, unswap
+from sdprune.pipelines.export_folder import export_folder
+from sdprune.training.callback import STATE_NAME
 
 CONFIG = SDPruneConfig(target_sparsity=0.8, pruning_steps=3, end_ratio=0.5, distillation=None)
 
@@ -85,15 +90,40 @@ def test_a_callback_that_came_too_late_says_so(model_factory, dataset_factory, t
         trainer.train()
 
 
-def test_masks_of_another_configuration_are_refused(model_factory, dataset_factory, tokenizer, arguments, tmp_path):
+def test_checkpoints_of_another_configuration_or_other_masks_are_refused(
+    model_factory, dataset_factory, tokenizer, arguments, tmp_path
+):
     dataset = dataset_factory(64)
     args = arguments(save_strategy="steps", save_steps=4)
     make_trainer(model_factory(), args, dataset, tokenizer).train()
-    checkpoint = str(tmp_path / "run" / "checkpoint-4")
-    other = SDPruneConfig(target_sparsity=0.3, pruning_steps=3, end_ratio=0.5, distillation=None)
-    trainer = make_trainer(model_factory(), args, dataset, tokenizer, config=other)
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    assert SDPruneConfig.from_pretrained(checkpoint) == CONFIG
+    resumed = make_trainer(model_factory(), args, dataset, tokenizer, config=replace(CONFIG, criterion="taylor"))
+    with pytest.raises(ValueError, match=r"another configuration \(criterion: 'magnitude' -> 'taylor'\)"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["stateful_callbacks"][STATE_NAME]  # as older versions wrote it
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    resumed = make_trainer(model_factory(), args, dataset, tokenizer, config=replace(CONFIG, target_sparsity=0.3))
     with pytest.raises(ValueError, match=r"the masks have sparsity 0\.658\d where this configuration has 0\.2116"):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("restores", [False, True])
+def test_a_plain_trainer_resumes_exactly_beside_callbacks_of_its_own(
+    model_factory, dataset_factory, tokenizer, arguments, tmp_path, restores
+):
+    config = gradient_config(criterion="l0")
+    args = arguments(save_strategy="steps", save_steps=3, restore_callback_states_from_checkpoint=restores)
+    states = []
+    for resume in (None, str(tmp_path / "run" / "checkpoint-3")):
+        trainer = make_trainer(model_factory(seed=len(states)), args, dataset_factory(64), tokenizer, config=config)
+        trainer.train(resume_from_checkpoint=resume)
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    exported = export_folder(tmp_path / "run" / "checkpoint-6", tmp_path / "exported")
+    found = type(trainer.model).from_pretrained(exported)
+    assert measure_sparsity(found, list(masked_layers(trainer.model))).linear == pytest.approx(0.4571, abs=1e-3)
 
 
 def gradient_config(**changes):
