@@ -96,6 +96,9 @@ def recipe_of(name: str, model: str, size: DemoSize, bf16: bool) -> Recipe:
     base, changes = BASELINES.get(name, (name, {}))
     values = Recipe.read_values(Recipe.find(base))
     steps = size.training.max_steps
+    first = 1 / steps  # a recipe that trains before it prunes does so however short it is
+    for key in {"start_ratio", "end_ratio"} & values.keys():
+        values[key] = max(values[key], first)
     length = size.data.to_dict() | {
         "model": model,
         "max_steps": steps,
