@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,27 @@ SENSITIVITY_CRITERIA = ("gradient", "taylor", "movement", "soft_movement", "l0",
 BLOCK_REDUCTIONS = ("sum", "mean", "max")
 SCOPES = ("layer", "global")
 SCHEDULES = ("one_shot", "uniform", "geometric", "cubic")
-OBJECTIVES = ("cross_correlation", "kl", "cosine", "mse", "aligned_cosine", "aligned_frobenius")
+OBJECTIVES = {  # and what each compares: rows of a representation, logits, or weights
+    "cross_correlation": "rows",
+    "kl": "logits",
+    "cosine": "rows",
+    "mse": "rows",
+    "aligned_cosine": "weights",
+    "aligned_frobenius": "weights",
+}
 CORRELATION_TARGETS = ("identity", "teacher")
 REPRESENTATIONS = ("first", "mean", "pooled", "tokens", "logits")
+HIDDEN_REPRESENTATIONS = ("first", "mean", "tokens")  # these are read from any hidden state
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def split_term(term: str) -> tuple[str, str]:
+    """Return the objective of a distillation term and the feature it names itself, if any.
+
+    "mse" gives ("mse", ""), "mse@logits" ("mse", "logits"), "mse@mean@2" ("mse", "mean@2").
+    """
+    objective, _, feature = term.partition("@")
+    return objective, feature
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,8 @@ class SDPruneConfig(CheckedConfig):
         exclude_modules: regular expression or several; what matches is left alone.
         task_weight: factor of the task loss, >= 0; with 0 the data need no labels.
         distillation: "cross_correlation", "kl", "cosine", "mse", "aligned_cosine", "aligned_frobenius", a mapping of
-            these names to weights, or None.
+            these names to weights, or None. The three that compare a representation may name their own, and a hidden
+            state of it: {"cross_correlation@first": 1.0, "mse@logits": 0.5, "mse@mean@2": 0.1}.
         distillation_weight: factor of the whole distillation sum beside the task loss, >= 0.
         gradient_ratio: if given, the distillation weight is steered so that the norm of the distillation gradient is
             this many times that of the task gradient, beginning with `distillation_weight`, > 0.
@@ -85,10 +104,12 @@ class SDPruneConfig(CheckedConfig):
         correlation_target: "identity" (the paper) or "teacher" (the teacher's own correlation).
         center: whether "cross_correlation" subtracts each feature's mean over the rows.
         queue_size: rows of earlier batches that "cross_correlation" sees beside those of the batch.
-        representation: what "cross_correlation", "cosine" and "mse" compare: "first" token, "mean" over unpadded
-            tokens or all unpadded "tokens" of the hidden states, the "pooled" output, or the "logits".
+        representation: what "cross_correlation", "cosine" and "mse" compare unless they name it themselves: "first"
+            token, "mean" over unpadded tokens or all unpadded "tokens" of the hidden states, the "pooled" output, or
+            the "logits".
         hidden_layers: which hidden states are compared, averaged over them: 0 is the embedding, 1 the first layer, -1
-            the last, counted in student and teacher apart. None: the final output of the body.
+            the last, counted in student and teacher apart. None: the final output of the body. What names its own
+            hidden state, the pooled output and the logits take no notice.
         teacher_dtype: float type of the teacher's weights, "float32", "bfloat16" or "float16"; None: as they are.
         teacher_cache: folder for the teacher's outputs, computed once for every example; None: the teacher runs on
             every batch.
@@ -163,8 +184,7 @@ class SDPruneConfig(CheckedConfig):
             raise ValueError(f"pruning_steps must be 1 with schedule='one_shot', got {self.pruning_steps}")
         self._check_selection()
         for name, weight in self.distillation_weights.items():
-            if name not in OBJECTIVES:
-                raise ValueError("distillation: " + unknown_key_message(name, OBJECTIVES))
+            _check_term(name)
             if not (math.isfinite(weight) and weight >= 0.0):
                 raise ValueError(f"distillation[{name!r}] must be a finite number >= 0, got {weight!r}")
         self._check_distillation()
@@ -183,7 +203,8 @@ class SDPruneConfig(CheckedConfig):
                 raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
         if self.teacher_dtype is not None:
             self._check_choice("teacher_dtype", TEACHER_DTYPES)
-        if self.hidden_layers is not None and (not self.hidden_layers or self.representation in ("pooled", "logits")):
+        read = {self.representation, *(split_term(term)[1] for term in self.distillation_weights)}
+        if self.hidden_layers is not None and not (self.hidden_layers and read.intersection(HIDDEN_REPRESENTATIONS)):
             raise ValueError(
                 "hidden_layers must name at least one hidden state, and goes with representation 'first', 'mean' or "
                 f"'tokens'; got {self.hidden_layers!r} with representation={self.representation!r}"
@@ -248,3 +269,27 @@ class SDPruneConfig(CheckedConfig):
     def from_pretrained(cls, directory: str | Path) -> Self:
         """Read `sdprune_config.json` of `directory`."""
         return cls.from_dict(json.loads((Path(directory) / CONFIG_NAME).read_text(encoding="utf-8")))
+
+
+def _check_term(term: str) -> None:
+    """Raise ValueError if a key of `distillation` is no objective, or names a feature that this cannot compare."""
+    objective, feature = split_term(term)
+    if objective not in OBJECTIVES:
+        where = f" {term!r}" if objective != term else ""
+        raise ValueError(f"distillation{where}: " + unknown_key_message(objective, OBJECTIVES))
+    if objective == term:
+        return
+    compared = OBJECTIVES[objective]
+    if compared != "rows":
+        raise ValueError(
+            f"distillation {term!r}: {objective} compares {compared} only and takes no representation, got "
+            f"{feature!r}; write {objective!r}"
+        )
+    kind, at, layer = feature.partition("@")
+    if feature in REPRESENTATIONS or (kind in HIDDEN_REPRESENTATIONS and re.fullmatch("0|-?[1-9][0-9]*", layer)):
+        return
+    if at and kind in REPRESENTATIONS:
+        allowed = f"a hidden state is a whole number, as in 'mean@2', of {', '.join(map(repr, HIDDEN_REPRESENTATIONS))}"
+    else:
+        allowed = f"the representation must be one of {', '.join(map(repr, REPRESENTATIONS))}"
+    raise ValueError(f"distillation {term!r}: {allowed}, got {feature!r}")

@@ -13,16 +13,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sdprune.config import SDPruneConfig
+from sdprune.config import HIDDEN_REPRESENTATIONS, SDPruneConfig, split_term
 
 Features = dict[str, Tensor]
 IGNORED_LABEL = -100
 
 
-def row_names(config: SDPruneConfig) -> tuple[str, ...]:
-    """Return the names of the features that the representation of `config` compares."""
-    kind = config.representation
-    return (kind,) if config.hidden_layers is None else tuple(f"{kind}@{layer}" for layer in config.hidden_layers)
+def row_names(config: SDPruneConfig, term: str = "") -> tuple[str, ...]:
+    """Return the names of the features whose rows a term of `config.distillation` compares.
+
+    They are those that the term names itself, otherwise (and by default) those of `representation`.
+    """
+    feature = split_term(term)[1] or config.representation
+    if config.hidden_layers is None or feature not in HIDDEN_REPRESENTATIONS:
+        return (feature,)
+    return tuple(f"{feature}@{layer}" for layer in config.hidden_layers)
 
 
 def need_hidden_states(names: Iterable[str]) -> bool:

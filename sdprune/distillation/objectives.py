@@ -8,7 +8,7 @@ The papers also write (1 - alpha) * task + alpha * objective: task_weight 1 - al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -20,7 +20,8 @@ from sdp_kernels import (
     cross_correlation_loss,
     kl_divergence_loss,
 )
-from sdprune.config import SDPruneConfig
+from sdprune.config import OBJECTIVES as COMPARED
+from sdprune.config import SDPruneConfig, split_term
 from sdprune.distillation.features import Features, row_names
 from sdprune.distillation.queue import SavedRowQueue
 from sdprune.masking.linears import matrix
@@ -38,8 +39,9 @@ class Comparison:
         tokens: (batch, length) bool, the positions that count in hidden states; None: all.
         positions: (batch, length) bool, the positions that count in logits; None: all.
         models: student and teacher, whose weights some objectives compare.
-        queues: rows of earlier batches of every feature, if `config.queue_size` asks for them; filled by use.
+        queues: rows of earlier batches of every term and feature, if `config.queue_size` asks for them; filled by use.
         group: the processes over whose rows "cross_correlation" is taken together; None: this one's rows alone.
+        term: the key of `config.distillation` that is computed; it may name the feature to compare.
     """
 
     config: SDPruneConfig
@@ -50,10 +52,11 @@ class Comparison:
     models: tuple[nn.Module, nn.Module]
     queues: dict[str, SavedRowQueue]
     group: distributed.ProcessGroup | None = None
+    term: str = ""
 
     def rows(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
         """Yield for every compared feature its name, rows (rows, dim) of student and teacher, and which rows count."""
-        for name in row_names(self.config):
+        for name in row_names(self.config, self.term):
             student, teacher = self.student[name], self.teacher[name]
             if student.dim() == 2:
                 yield name, student, teacher, None
@@ -78,7 +81,7 @@ def _correlate(comparison: Comparison, name: str, student: Tensor, teacher: Tens
         # a queue takes the rows that count, and processes exchange no others; selecting them waits for a GPU
         student, teacher, mask = student[mask], teacher[mask], None
     if config.queue_size:
-        queue = comparison.queues.setdefault(name, SavedRowQueue(config.queue_size))
+        queue = comparison.queues.setdefault(f"{comparison.term}:{name}", SavedRowQueue(config.queue_size))
         student, teacher = queue.extend(student, teacher)
     # Looking into the mask would stall a GPU in every step: there the factor below says whether two rows count.
     looked_into = mask is not None and mask.device.type == "cpu"
@@ -166,41 +169,35 @@ def _mean(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
-@dataclass(frozen=True)
-class Objective:
-    """An entry of the table.
-
-    Args:
-        compute: the scalar of one batch.
-        needs: what it compares: "logits", the "rows" of the representation, or "weights".
-    """
-
-    compute: Callable[[Comparison], Tensor]
-    needs: Literal["logits", "rows", "weights"]
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "cross_correlation": Objective(cross_correlation, "rows"),
-    "kl": Objective(kl, "logits"),
-    "cosine": Objective(cosine, "rows"),
-    "mse": Objective(mse, "rows"),
-    "aligned_cosine": Objective(aligned_cosine, "weights"),
-    "aligned_frobenius": Objective(aligned_frobenius, "weights"),
+OBJECTIVES: dict[str, Callable[[Comparison], Tensor]] = {
+    "cross_correlation": cross_correlation,
+    "kl": kl,
+    "cosine": cosine,
+    "mse": mse,
+    "aligned_cosine": aligned_cosine,
+    "aligned_frobenius": aligned_frobenius,
 }
 
 
 def needs(config: SDPruneConfig) -> set[str]:
-    """Return what the objectives of `config` compare: of "logits", "rows" and "weights"."""
-    return {OBJECTIVES[name].needs for name in config.distillation_weights}
+    """Return what the terms of `config` compare: of "logits", "rows" and "weights"."""
+    return {COMPARED[split_term(term)[0]] for term in config.distillation_weights}
+
+
+def term_features(config: SDPruneConfig, term: str) -> tuple[str, ...]:
+    """Return the names of the features that a term of `config.distillation` compares; () where it compares weights."""
+    compared = COMPARED[split_term(term)[0]]
+    return row_names(config, term) if compared == "rows" else ("logits",) if compared == "logits" else ()
 
 
 def feature_names(config: SDPruneConfig) -> tuple[str, ...]:
-    """Return the names of the features that the objectives of `config` compare; () where weights alone are."""
-    needed = needs(config)
-    names = ("logits",) if "logits" in needed else ()
-    return tuple(dict.fromkeys((*names, *(row_names(config) if "rows" in needed else ()))))
+    """Return the names of the features that the terms of `config` compare; () where weights alone are."""
+    return tuple(dict.fromkeys(name for term in config.distillation_weights for name in term_features(config, term)))
 
 
 def distillation_terms(comparison: Comparison) -> dict[str, Tensor]:
     """Return every distillation term of the configuration by name, unweighted."""
-    return {name: OBJECTIVES[name].compute(comparison) for name in comparison.config.distillation_weights}
+    return {
+        term: OBJECTIVES[split_term(term)[0]](replace(comparison, term=term))
+        for term in comparison.config.distillation_weights
+    }

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from sdprune.config import SDPruneConfig
+from sdprune.config import SDPruneConfig, split_term
 from sdprune.deployment.export import dense_state_dict, export
 from sdprune.deployment.reload import reload_differences
 from sdprune.masking.pruner import Sparsity, measure_sparsity
@@ -34,14 +34,20 @@ METHODS = {
 
 def method_name(config: SDPruneConfig) -> str:
     """Name a configuration as the literature does: "SDP-CC", "SDP-CC + SDP-KLD", "movement + SDP-KLD", or "magnitude"
-    alone. What prunes nothing is "fine-tuned", or "distilled" by its objectives.
+    alone. What prunes nothing is "fine-tuned", or "distilled" by its objectives. A representation that an objective
+    names itself follows it: "SDP-CC + MSE (logits)".
     """
-    objectives = " + ".join(METHODS[name] for name in config.distillation_weights)
+    objectives = " + ".join(_term_name(term) for term in config.distillation_weights)
     if config.target_sparsity == 0.0:
         return f"distilled, {objectives}" if objectives else "fine-tuned"
     if objectives and config.criterion == "magnitude":
         return objectives
     return f"{config.criterion} + {objectives}" if objectives else config.criterion
+
+
+def _term_name(term: str) -> str:
+    objective, feature = split_term(term)
+    return METHODS[objective] + (f" ({feature.replace('@', ' of layer ')})" if feature else "")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from sdprune.config import SDPruneConfig
+from sdprune.config import SDPruneConfig, split_term
 from sdprune.distillation.features import body_of
-from sdprune.distillation.objectives import feature_names, needs
+from sdprune.distillation.objectives import feature_names, needs, term_features
 from sdprune.masking.linears import is_linear, matrix
 from sdprune.masking.swap import masked_layers
 
@@ -34,21 +34,32 @@ def check_objectives(model: nn.Module, config: SDPruneConfig, who: str = "the mo
             f"distillation 'kl' compares class probabilities, but {who} predicts one number; take 'mse' with "
             "representation='logits'"
         )
-    if "pooled" in feature_names(config) and getattr(body_of(model), "pooler", None) is None:
-        raise ValueError(f"representation='pooled', but {who} has no pooler; choose first, mean or tokens")
     if masked and "weights" in needs(config) and not masked_layers(model):
         names = ", ".join(repr(name) for name in used if name.startswith("aligned_"))
         raise ValueError(
             f"distillation {names} compares masked weights, but the model has none; pass SDPruneCallback in "
             "callbacks=[...] of the Trainer"
         )
-    layers = getattr(model_config, "num_hidden_layers", None)
-    if config.hidden_layers is not None and layers is not None and "rows" in needs(config):
-        outside = [layer for layer in config.hidden_layers if not -layers - 1 <= layer <= layers]
-        if outside:
-            raise ValueError(
-                f"hidden_layers must lie in [{-layers - 1}, {layers}] for {who} with its {layers} layers, got {outside}"
-            )
+    for term in used:
+        _check_features(model, config, term, who)
+
+
+def _check_features(model: nn.Module, config: SDPruneConfig, term: str, who: str) -> None:
+    """Raise ValueError if a model has not what a term of the distillation compares."""
+    own, features = split_term(term)[1], term_features(config, term)
+    if "pooled" in features and getattr(body_of(model), "pooler", None) is None:
+        where = f"distillation {term!r}" if own else "representation='pooled'"
+        raise ValueError(f"{where}, but {who} has no pooler; choose first, mean or tokens")
+    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if layers is None:
+        return
+    chosen = [int(feature.partition("@")[2]) for feature in features if "@" in feature]
+    outside = [layer for layer in chosen if not -layers - 1 <= layer <= layers]
+    if outside:
+        where = f"distillation {term!r}: the hidden state" if "@" in own else "hidden_layers"
+        raise ValueError(
+            f"{where} must lie in [{-layers - 1}, {layers}] for {who} with its {layers} layers, got {outside}"
+        )
 
 
 def generates(model: nn.Module) -> bool:
@@ -63,7 +74,7 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SDPruneConfig)
     needed = needs(config)
     if "logits" in feature_names(config):
         check["num_labels"] = "{} classes"
-    if "rows" in needed and config.representation != "logits":
+    if set(feature_names(config)) - {"logits"}:
         check["hidden_size"] = "hidden states of width {}"
     for attribute, words in check.items():
         theirs, ours = (getattr(getattr(model, "config", None), attribute, None) for model in (teacher, student))

@@ -73,13 +73,29 @@ def test_options_override_the_recipe(prune, model_folder, csv_file, tmp_path):
     )
     recipe = Recipe(str(model_folder), DataConfig(data=str(csv_file)), training, pruning)
     recipe.save(tmp_path / "recipe.yaml")
-    options = ["--target-sparsity", "0.5", "--distillation", "none", "--block-shape", "16x8"]
+    options = ["--target-sparsity", "0.5", "--block-shape", "16x8"]
+    options += ["--distillation", "{cross_correlation@first: 1, mse@logits: 0.5}"]
     assert main(["prune", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run"), *options]) == 0
     saved = Recipe.from_dict(Recipe.read_values(tmp_path / "run" / "recipe.yaml"))
     assert saved.training == training
     assert saved.pruning == SDPruneConfig(
-        target_sparsity=0.5, pruning_steps=2, distillation=None, structure="block", block_shape=(16, 8)
+        target_sparsity=0.5,
+        pruning_steps=2,
+        distillation={"cross_correlation@first": 1.0, "mse@logits": 0.5},
+        structure="block",
+        block_shape=(16, 8),
     )
+    (row,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["runs"]
+    assert row["method"] == "SDP-CC (first) + MSE (logits)"
+
+
+@pytest.mark.parametrize(("value", "got"), [("mse@nowhere", "'nowhere'"), ("{kl@first: 1}", "'first'")])
+def test_a_term_that_cannot_be_compared(prune, tmp_path, capsys, value, got):
+    assert prune("--distillation", value) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(f"sdprune: error: distillation '{value.strip('{}').split(':')[0]}': ")
+    assert f"got {got}" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_a_head_is_fine_tuned_first(prune, model_factory, tokenizer, tmp_path, capsys):

@@ -15,7 +15,7 @@ def test_json_round_trip(tmp_path):
         structure="block",
         block_shape=(16, 64),
         target_modules=("a", "b"),
-        distillation={"kl": 0.5, "cosine": 1.0},
+        distillation={"kl": 0.5, "cosine": 1.0, "cross_correlation@first": 0.1, "mse@mean@-1": 2.0},
     )
     config.save_pretrained(tmp_path)
     assert SDPruneConfig.from_pretrained(tmp_path) == config
@@ -30,11 +30,12 @@ def test_yaml_round_trip(tmp_path):
 
 def test_yaml_numbers_mean_what_they_look_like(tmp_path):
     (tmp_path / "r.yaml").write_text(
-        "model: m\nlearning_rate: 1e-4\ndistillation: {kl: 1e-3, cosine: 2}\ntarget_sparsity: 0\nblock_shape: [8, 8]\n"
+        "model: m\nlearning_rate: 1e-4\ndistillation: {kl: 1e-3, mse@logits: 2}\n"
+        "target_sparsity: 0\nblock_shape: [8, 8]\n"
     )
     recipe = Recipe.from_dict(Recipe.read_values(tmp_path / "r.yaml"))
     assert recipe.training.learning_rate == 1e-4
-    assert recipe.pruning.distillation == {"kl": 1e-3, "cosine": 2.0}
+    assert recipe.pruning.distillation == {"kl": 1e-3, "mse@logits": 2.0}
     assert recipe.pruning.target_sparsity == 0.0
     assert recipe.pruning.block_shape == (8, 8)
 
@@ -60,6 +61,20 @@ def test_field_names_of_the_parts_do_not_overlap():
         ({"pruning_steps": 0}, "pruning_steps must be a finite number >= 1, got 0"),
         ({"distillation": "kld"}, "distillation: unknown key 'kld'; did you mean 'kl'"),
         ({"distillation": {"kl": -1.0}}, r"distillation\['kl'\] must be a finite number >= 0, got -1.0"),
+        ({"distillation": "mze@logits"}, "distillation 'mze@logits': unknown key 'mze'; did you mean 'mse'"),
+        ({"distillation": {"mse@": 1}}, "distillation 'mse@': the representation must be one of 'first', .*, got ''"),
+        ({"distillation": "mse@nowhere"}, "'mse@nowhere': the representation must be one of .*, got 'nowhere'"),
+        ({"distillation": "mse@mean@x"}, "'mse@mean@x': a hidden state is a whole number, as in 'mean@2', .*'mean@x'"),
+        ({"distillation": "mse@mean@"}, "distillation 'mse@mean@': a hidden state is a whole number"),
+        ({"distillation": "mse@logits@2"}, "a hidden state is .* of 'first', 'mean', 'tokens', got 'logits@2'"),
+        ({"distillation": "kl@first"}, "'kl@first': kl compares logits only and .*, got 'first'; write 'kl'"),
+        ({"distillation": {"aligned_cosine@mean": 1.0}}, "aligned_cosine compares weights only .*, got 'mean'"),
+        ({"distillation": {"mse@logits": -1.0}}, r"distillation\['mse@logits'\] must be a finite number >= 0"),
+        ({"distillation": "mse@first", "representation": "logits", "hidden_layers": ()}, "hidden_layers must name at"),
+        (
+            {"distillation": "mse@pooled", "representation": "logits", "hidden_layers": (1,)},
+            "hidden_layers .* goes with",
+        ),
         ({"distillation_weight": float("inf")}, "distillation_weight must be a finite number >= 0.0, got inf"),
         ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
         ({"representation": "last"}, "representation must be one of"),

@@ -75,6 +75,29 @@ def test_features_that_are_needed():
         "mean@2",
         "mean@-1",
     )
+    own = {"mse@logits": 1, "cosine": 1, "cross_correlation@first": 1, "mse@tokens@-2": 1, "mse@pooled": 1}
+    assert names(distillation=own, representation="mean") == ("logits", "mean", "first", "tokens@-2", "pooled")
+    assert names(distillation=own, representation="mean", hidden_layers=(1, 2)) == (
+        *("logits", "mean@1", "mean@2", "first@1", "first@2", "tokens@-2", "pooled"),
+    )
+    assert names(distillation={"kl": 1, "cosine@first": 1}, representation="pooled", hidden_layers=(1,)) == (
+        "logits",
+        "first@1",
+    )
+
+
+@pytest.mark.parametrize("name", ["cross_correlation", "cosine", "mse"])
+def test_every_term_compares_what_it_names(name):
+    shapes = {"logits": (6, 3), "tokens": (6, 5, 8), "first": (6, 8), "mean_at_1": (6, 8)}
+    student, teacher = pair(**shapes)
+    own = [f"{name}@{feature}" for feature in ("logits", "first", "mean@1")]
+    terms = compare(SDPruneConfig(distillation=dict.fromkeys([name, *own], 1.0)), student, teacher)
+    assert tuple(terms) == (name, *own)
+    assert len({value.item() for value in terms.values()}) == 4
+    for term in own:
+        feature = term.split("@", 1)[1]
+        alone = {"tokens": student[feature]}, {"tokens": teacher[feature]}
+        torch.testing.assert_close(terms[term], compare(SDPruneConfig(distillation=name), *alone)[name])
 
 
 @pytest.mark.parametrize("name", ["cross_correlation", "cosine", "mse"])
@@ -133,6 +156,20 @@ def test_the_queue_adds_earlier_rows_without_padding():
     loss = compare(config, *now, queues=queues)["cross_correlation"]
     rows = [torch.cat((n["tokens"][MASK], e["tokens"][MASK])) for n, e in zip(now, earlier, strict=True)]
     torch.testing.assert_close(loss, cross_correlation_loss(*rows) / 8)
+
+
+def test_every_term_has_a_queue_of_its_own():
+    """Also where two terms read the same rows: neither sees those of the batch twice."""
+    names = ("cross_correlation", "cross_correlation@first", "cross_correlation@tokens")
+    together = SDPruneConfig(queue_size=64, distillation=dict.fromkeys(names, 1.0))
+    batches = [pair(tokens=(6, 5, 8), first=(6, 8)), (features(2, tokens=(6, 5, 8), first=(6, 8)),) * 2]
+    queues = {}
+    terms = [compare(together, *batch, queues=queues) for batch in batches][-1]
+    for name in names:
+        alone = {}
+        config = SDPruneConfig(queue_size=64, distillation=name)
+        expected = [compare(config, *batch, queues=alone)[name] for batch in batches][-1]
+        torch.testing.assert_close(terms[name], expected, rtol=0, atol=0)
 
 
 def test_aligned_weights_are_those_of_the_masks(model_factory):

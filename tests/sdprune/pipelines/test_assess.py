@@ -19,6 +19,8 @@ BOTH = {"kl": 1.0, "cross_correlation": 0.5}
     [
         ({"distillation": "cross_correlation"}, "SDP-CC"),
         ({"distillation": BOTH}, "SDP-KLD + SDP-CC"),
+        ({"distillation": {"cross_correlation": 1.0, "mse@logits": 1.0}}, "SDP-CC + MSE (logits)"),
+        ({"distillation": {"cosine@first": 1.0, "cosine@mean@2": 1.0}}, "SDP-Cos (first) + SDP-Cos (mean of layer 2)"),
         ({"distillation": None}, "magnitude"),
         ({"distillation": None, "criterion": "lamp"}, "lamp"),
         ({"distillation": "kl", "criterion": "movement", "scope": "global"}, "movement + SDP-KLD"),

@@ -96,6 +96,37 @@ def test_the_cache_changes_no_loss_and_spares_the_teacher(make, model_factory, t
             assert row == pytest.approx(other, rel=1e-6, abs=1e-6)
 
 
+def test_terms_of_different_representations_are_logged_cached_and_steered(make, model_factory, tmp_path):
+    weights = {
+        "cross_correlation@first": 0.5,
+        "mse": 0.1,
+        "mse@logits": 2.0,
+        "cosine@mean@1": 1.0,
+        "cosine@pooled": 1.0,
+    }
+    fields = {
+        "distillation": weights,
+        "gradient_ratio": 0.5,
+        "gradient_ratio_steps": 2,
+        "args": {"logging_steps": 1, "optim": "sgd", "learning_rate": 1e-3},
+    }
+    logged, wide = [], {"initializer_range": 0.3} | QUIET
+    for cache in (None, str(tmp_path / "cache")):
+        keep, teacher = Keep(), model_factory(1, **wide)
+        trainer = make(model_factory(**wide), teacher=teacher, callbacks=[keep], teacher_cache=cache, **fields)
+        trainer.train()
+        logged.append([row for row in keep.rows if "loss" in row])
+    held = {path.stem for path in (tmp_path / "cache").glob("*.npy")} - {"keys", "lengths"}
+    assert held == {"first", "tokens", "logits", "mean@1", "pooled"}
+    for row, other in zip(*logged, strict=True):
+        assert {f"loss_{name}" for name in weights} < set(row)
+        distillation = sum(weight * row[f"loss_{name}"] for name, weight in weights.items())
+        assert row["loss"] == pytest.approx(row["loss_task"] + row["distillation_weight"] * distillation, rel=1e-3)
+        for name in weights:
+            assert other[f"loss_{name}"] == pytest.approx(row[f"loss_{name}"], rel=1e-5, abs=1e-6)
+    assert len({row["distillation_weight"] for row in logged[0]}) > 1
+
+
 def test_evaluation_and_prediction_know_no_cache(make, dataset_factory, tmp_path):
     trainer = make(distillation="kl", teacher_cache=str(tmp_path / "cache"))
     trainer.train()
@@ -122,7 +153,7 @@ def test_aligned_weights_need_no_forward_pass_of_the_teacher(make):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"queue_size": 24, "representation": "first"},
+        {"queue_size": 24, "distillation": {"cross_correlation@first": 1.0, "cross_correlation@mean@1": 1.0}},
         {"gradient_ratio": 0.5, "gradient_ratio_steps": 2, "distillation": "kl"},
     ],
     ids=["queue", "steering"],
@@ -219,6 +250,17 @@ def test_the_task_weight_is_used(make):
             {"hidden_layers": (2,), "representation": "mean"},
             r"hidden_layers must lie in \[-2, 1\] for teacher_model with its 1 layers, got \[2\]",
         ),
+        (
+            {"num_hidden_layers": 1},
+            {"distillation": {"kl": 1.0, "mse@mean@2": 1.0}},
+            r"'mse@mean@2': the hidden state must lie in \[-2, 1\] for teacher_model with its 1 layers, got \[2\]",
+        ),
+        (
+            {"hidden_size": 16},
+            {"distillation": {"mse@first": 1.0}, "representation": "logits"},
+            "teacher_model has hidden states of width 16, the model has",
+        ),
+        ({"num_labels": 3}, {"distillation": "mse@logits"}, "teacher_model has 3 classes, the model has 2 classes"),
     ],
 )
 def test_teachers_that_do_not_fit_are_refused(make, model_factory, changes, fields, message):
