@@ -17,7 +17,14 @@ from sdprune.config import CONFIG_NAME, SDPruneConfig
 from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.swap import masked_layers, unswap
 from sdprune.training.callback import SDPruneCallback
-from sdprune.training.checkpoint import MARKER, MarkComplete, checkpoints, read_marker, remove_incomplete
+from sdprune.training.checkpoint import (
+    MARKER,
+    MarkComplete,
+    checkpoints,
+    no_empty_folder,
+    read_marker,
+    remove_incomplete,
+)
 from sdprune.training.origin import differences, run_origin
 from sdprune.training.progress import ORIGIN_NAME, FinishStepOnInterrupt, ProgressBar, RunFolder
 from sdprune.training.trainer import SDPruneTrainer
@@ -87,7 +94,8 @@ def prune(
         The pruned model, its teacher, its scores and its sparsity.
 
     Raises:
-        ValueError: the configuration does not fit the model or the training, or `output_dir` holds another run.
+        ValueError: the configuration does not fit the model or the training, or `output_dir` holds another run;
+            nothing is written.
         TrainingInterrupted: Ctrl-C; the step was finished and a checkpoint saved.
     """
     if args is None:
@@ -101,32 +109,33 @@ def prune(
         RunFolder(directory, config, origin),
         interrupt,
     ]
-    trainer = SDPruneTrainer(
-        model,
-        args,
-        config=config,
-        teacher_model=teacher_model,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processing_class,
-        data_collator=data_collator,
-        compute_metrics=compute_metrics,
-        callbacks=[SDPruneCallback(config), *(callbacks or ()), *housekeeping],
-    )
-    if config.diagnostics_steps is not None:
-        trainer.add_callback(Diagnostics(trainer))
-    for standard in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(standard)
-    if not args.disable_tqdm:
-        trainer.add_callback(bar)
-    try:
-        with interrupt:
-            trainer.train(resume_from_checkpoint=resume)
-    except BaseException:  # a full disk or a second Ctrl-C may have struck in the middle of a checkpoint
-        remove_incomplete(directory)
-        raise
-    finally:
-        bar.close()
+    with no_empty_folder(directory):
+        trainer = SDPruneTrainer(
+            model,
+            args,
+            config=config,
+            teacher_model=teacher_model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            callbacks=[SDPruneCallback(config), *(callbacks or ()), *housekeeping],
+        )
+        if config.diagnostics_steps is not None:
+            trainer.add_callback(Diagnostics(trainer))
+        for standard in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(standard)
+        if not args.disable_tqdm:
+            trainer.add_callback(bar)
+        try:
+            with interrupt:
+                trainer.train(resume_from_checkpoint=resume)
+        except BaseException:  # a full disk or a second Ctrl-C may have struck in the middle of a checkpoint
+            remove_incomplete(directory)
+            raise
+        finally:
+            bar.close()
     if interrupt.requested:  # so late that no checkpoint followed
         raise KeyboardInterrupt
     metrics = trainer.evaluate() if eval_dataset is not None else {}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,22 @@ def checkpoints(directory: str | Path) -> list[Path]:
     """Return the whole checkpoints under `directory`, oldest first."""
     whole = [path for path in _numbered(directory) if read_marker(path) is not None]
     return sorted(whole, key=lambda path: int(path.name[11:]))
+
+
+@contextmanager
+def no_empty_folder(directory: Path) -> Iterator[None]:
+    """Remove `directory` and those above it that are new and empty when the block raises.
+
+    The Trainer makes its output folder before anything is checked.
+    """
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty, or already removed by another process
+            for path in new:
+                path.rmdir()
+        raise
 
 
 def remove_incomplete(directory: str | Path) -> None:
