@@ -132,11 +132,12 @@ def prune(
             with interrupt:
                 trainer.train(resume_from_checkpoint=resume)
         except BaseException:  # a full disk or a second Ctrl-C may have struck in the middle of a checkpoint
-            remove_incomplete(directory)
+            if args.should_save:  # another process may still be about to mark one
+                remove_incomplete(directory)
             raise
         finally:
             bar.close()
-    if interrupt.requested:  # so late that no checkpoint followed
+    if interrupt.agreed(args):  # so late that no checkpoint followed
         raise KeyboardInterrupt
     metrics = trainer.evaluate() if eval_dataset is not None else {}
     pruned: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -166,7 +167,9 @@ def _claim(directory: Path, config: SDPruneConfig, origin: Mapping[str, Any], ar
         raise ValueError(f"output_dir {str(directory)!r} holds no run to resume ({CONFIG_NAME} is missing)")
     config_before = SDPruneConfig.from_pretrained(directory).to_dict()
     _check_same(f"the run in {str(directory)!r}", config_before, _read_origin(directory), config, origin)
-    remove_incomplete(directory)
+    with args.main_process_first(local=False, desc="removing incomplete checkpoints"):
+        if args.should_save:
+            remove_incomplete(directory)
     if isinstance(resume, str) and resume.lower() not in ("true", "latest"):
         marker = read_marker(resume)
         if marker is None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+import torch
+from torch import distributed
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -121,7 +123,8 @@ class TrainingInterrupted(KeyboardInterrupt):
 class FinishStepOnInterrupt(TrainerCallback):
     """Inside its `with` block Ctrl-C finishes the step, saves a checkpoint and raises `TrainingInterrupted`.
 
-    A second Ctrl-C interrupts at once. Must come after `MarkComplete` in the list of callbacks.
+    Processes that train together leave together, whichever of them was interrupted. A second Ctrl-C interrupts at once.
+    Must come after `MarkComplete` in the list of callbacks.
     """
 
     def __init__(self) -> None:
@@ -145,12 +148,20 @@ class FinishStepOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = True
 
+    def agreed(self, args: TrainingArguments) -> bool:
+        """Tell whether any process was interrupted. All of them must ask at the same point."""
+        if distributed.is_available() and distributed.is_initialized():
+            requests = torch.tensor(int(self.requested), device=args.device)
+            distributed.all_reduce(requests)
+            self.requested = bool(requests)
+        return self.requested
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint."""
-        if self.requested:
+        if self.agreed(args):
             control.should_save = True  # after an evaluation that is due: it draws random numbers
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave, now that the checkpoint is whole."""
-        if self.requested:
+        if self.agreed(args):
             raise TrainingInterrupted(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

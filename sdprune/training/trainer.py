@@ -31,6 +31,8 @@ from sdprune.masking.pruner import masked_fraction
 from sdprune.masking.schedule import lr_factor
 from sdprune.training.checks import check_labels, check_objectives, check_teacher
 
+STATE_NAME = "sdprune_distillation_{}.safetensors"  # each rank has its queue
+
 
 class SDPruneTrainer(Trainer):
     """A `transformers.Trainer` whose loss has the distillation terms of `config`; it does not prune.
@@ -294,13 +296,19 @@ class SDPruneTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self._state_path(checkpoint).exists():
+        if checkpoint is None or not any(Path(checkpoint).glob(STATE_NAME.format("*"))):
             return
-        state = load_file(self._state_path(checkpoint), device=str(self.args.device))
+        if not self._state_path(checkpoint).exists():
+            raise ValueError(
+                f"checkpoint {checkpoint!r} has no {self._state_path(checkpoint).name}: it was saved by fewer "
+                f"processes than the {self.args.world_size} of now; go on with as many as before"
+            )
+        loaded = load_file(self._state_path(checkpoint))  # not to the device: safetensors knows no "cpu:0", as gloo has
+        state = {name: value.to(self.args.device) for name, value in loaded.items()}
         self.distillation_weight = state.pop("distillation_weight").item()
         for name in {key.rpartition(".")[0] for key in state}:
             rows = {part: state[f"{name}.{part}"] for part in ("student", "teacher")}
             self._queues[name] = SavedRowQueue.from_state_dict(self.sdprune_config.queue_size, rows)
 
     def _state_path(self, folder: str) -> Path:
-        return Path(folder) / f"sdprune_distillation_{self.args.process_index}.safetensors"  # each rank has its queue
+        return Path(folder) / STATE_NAME.format(self.args.process_index)
