@@ -34,11 +34,12 @@ from sdprune.recipe import RECIPE_NAME, Recipe, recipe_names
 from sdprune.training.progress import METRICS_NAME
 
 SPARSITY = 0.7
-BASELINES: dict[str, tuple[str, dict[str, Any]]] = {  # row -> recipe, and what differs from it
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # row -> recipe, and what differs from it
     "dense, same steps": ("sdp-cc", {"target_sparsity": 0.0, "distillation": None}),
     "no teacher": ("sdp-cc", {"distillation": None}),
+    "prune-then-distill, from largest": ("prune-then-distill", {"student_initialization": "largest"}),
 }
-NAMES = (*BASELINES, *recipe_names())
+NAMES = (*VARIANTS, *recipe_names())
 COLUMNS = {  # heading -> key, format
     "recipe": ("recipe", "{}"),
     "sparsity": ("sparsity", "{:.1%}"),
@@ -93,7 +94,7 @@ def run_recipes(names: Sequence[str], output: Path, results: Path, *, quick: boo
 
 def recipe_of(name: str, model: str, size: DemoSize, bf16: bool) -> Recipe:
     """Return the recipe of a row at the length of the demo."""
-    base, changes = BASELINES.get(name, (name, {}))
+    base, changes = VARIANTS.get(name, (name, {}))
     values = Recipe.read_values(Recipe.find(base))
     steps = size.training.max_steps
     first = 1 / steps  # a recipe that trains before it prunes does so however short it is
