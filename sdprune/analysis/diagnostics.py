@@ -56,7 +56,9 @@ class Diagnostics(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure, if it is time."""
         if state.global_step % cast(int, self.config.diagnostics_steps) == 0:
+            due = control.should_log
             self._log(self.measure())
+            control.should_log = due  # of the losses of this step, which the row above would take for written
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
