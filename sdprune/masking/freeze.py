@@ -157,10 +157,10 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name in getattr(module, "adapter_layer_names", ())  # PEFT's own list: LoRA's B begins as zeros
         for parameter in getattr(module, name, nn.Module()).parameters()
     }
-    seen = set(adapters)
+    # also where a head shares them: the row of the padding token is zero and no pruning
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    seen = adapters | {id(module.weight) for module in embeddings}
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            continue
         for name, value in module.named_parameters(recurse=False):
             if value.dim() >= 2 and value.is_floating_point() and value.numel() and id(value) not in seen:
                 seen.add(id(value))

@@ -68,7 +68,8 @@ class MaskedLinear(nn.Linear):
     Attributes:
         weight: (out_features, in_features), named and shaped as in `nn.Linear`.
         mask: (out_features, ceil(in_features / 32)) int32, the words of a `sdp_kernels.BitMask`; saved with the
-            model.
+            model. Bits, no numbers: an average of models (EMA, SWA) must leave buffers out (`use_buffers=False`), and
+            begin after the last pruning step to have all zeros.
         score: one float32 for each weight or block, what a criterion that needs gradients has gathered so far, and
             `score_steps`, over how many steps; saved with the model. None without `gather_scores`.
         gathering: whether training passes measure how much the loss depends on each weight or block.

@@ -13,7 +13,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from sdprune import freeze_sparsity
+from sdprune import SDPruneConfig, freeze_sparsity
+from sdprune.config import STRUCTURES
+from sdprune.masking.pruner import mask_model, prune_step, zero_pruned
+from sdprune.masking.swap import masked_layers, unswap
 
 # peft 0.21 asks transformers 5.23 by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -139,6 +142,78 @@ def test_averages_of_the_weights_keep_the_zeros():
     for average in averages:
         assert same(zeros_of(average.module, zeros), zeros)
         assert not torch.equal(average.module[0].weight, model[0].weight)
+
+
+def prune_by(model, structure):
+    """Prune half of the units; return the zeros of every pruned weight."""
+    shape = {"block_shape": (8, 16), "n": 1, "m": 2}
+    config = SDPruneConfig(structure=structure, **shape)
+    found = mask_model(model, config)
+    prune_step(model, config, 0.5, found)
+    names = [f"{name}.weight" for name in found.layers]
+    return zeros_of(unswap(model), names)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_structure_outlives_decay_clipping_averages_and_lora(structure, model, batch):
+    zeros = prune_by(model, structure)
+    assert all(float(mask.float().mean()) == 0.5 for mask in zeros.values())
+    freeze_sparsity(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        average.update_parameters(model)
+        assert same(zeros_of(model, zeros), zeros)
+        assert same(zeros_of(average.module, zeros), zeros)
+    tuned = adapted(average.module)
+    freeze_sparsity(tuned)
+    expected = tuned(**batch).logits
+    merged = tuned.merge_and_unload()
+    assert same(zeros_of(merged, zeros), zeros)
+    torch.testing.assert_close(merged(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_an_average_of_a_masked_model_has_its_zeros(structure, model, batch):
+    """Averaged from the last pruning step on, before the masks are taken off."""
+    config = SDPruneConfig(structure=structure, block_shape=(8, 16), n=1, m=2)
+    prune_step(model, config, 0.5, mask_model(model, config))
+    layers = masked_layers(model)
+    masks = {f"{name}.weight": ~layer.bit_mask.to_bool() for name, layer in layers.items()}
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        zero_pruned(model)
+        average.update_parameters(model)
+    for each in (model, average.module):
+        assert same(zeros_of(unswap(each), masks), masks)
+    assert not torch.equal(model.classifier.weight, average.module.classifier.weight)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_embeddings_that_a_head_shares_are_free(structure):
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50, "n_positions": 32}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    zeros = prune_by(model, structure)
+    with torch.no_grad():
+        model.transformer.wte.weight[0] = 0.0  # as of a padding token
+    assert set(freeze_sparsity(model).masks) == set(zeros)
+    ids = torch.arange(12).view(2, 6)
+    model(ids, labels=ids).loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.01).step()
+    assert bool((model.lm_head.weight[0] != 0).any())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert same(zeros_of(model, zeros), zeros)
 
 
 def test_a_move_to_another_type_keeps_the_hold():
