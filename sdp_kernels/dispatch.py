@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sdp_kernels.checks import check_choice
 
@@ -64,8 +65,11 @@ def choose_backend(
         against_triton: the op's own reasons why its kernels cannot run on this input.
 
     Raises:
-        NotImplementedError: `use_backend` asked for a backend that cannot run; lists every reason.
+        NotImplementedError: `use_backend` asked for a backend that cannot run; lists every reason. Or a tensor
+            carries a tangent of forward-mode differentiation, which the operators would drop without a word.
     """
+    if not torch.compiler.is_compiling() and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(f"{op} has no forward-mode derivative; differentiate backward")
     forced = _choice.forced
     if forced is not None:
         reasons = reasons_against(forced, tensors, offers, against_triton)
@@ -120,9 +124,21 @@ def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would convert this input of a product to; None where it leaves it alone."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def float32_precision() -> str:
     """How float32 matrices are to be multiplied on CUDA, "tf32" or "ieee": torch's switch, in `tl.dot`'s words."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _would_run_badly(backend: str, tensors: Sequence[Tensor]) -> bool:

@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sdp_kernels.block_sparse_linear.break_even import edge_passed
 from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
 from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS, block_sparse_linear_reference
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from sdp_kernels.dispatch import choose_backend
+from sdp_kernels.dispatch import autocast_dtype, choose_backend
 
 OFFERS = ("triton", "cpu", "reference")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -55,7 +56,7 @@ def block_sparse_linear(
     check_choice("path", path, ("auto", "sparse", "dense"))
     _check_tensors(input, weight, bias)
     values = weight.values
-    dtype = _autocast_dtype(input)
+    dtype = autocast_dtype(input)
     if dtype is not None:
         input, values = input.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -71,14 +72,17 @@ def block_sparse_linear(
         or (path == "auto" and edge_passed(weight, tokens, input.dtype, backend) is not None)
     ):
         matrix = replace(weight, values=values)
-        with torch.autocast(input.device.type, enabled=False):
+        with torch.autocast("cpu" if input.is_meta else input.device.type, enabled=False):
             return block_sparse_linear_reference(input, matrix, bias, activation=activation)
     # The backward of an activation needs what came into it, which a fused one does not keep.
     trains = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (input, values, bias) if tensor is not None
     )
-    # With few tokens the operator's way to the function takes as long as the function.
-    plain = not trains and not torch.compiler.is_compiling() and type(input) in PLAIN and type(values) in PLAIN
+    # With few tokens the operator's way to the function takes as long as the function. But who records operators or
+    # runs something else in their place must see one: the function writes through numpy and Triton.
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    watched = tracing or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    plain = not trains and not watched and type(input) in PLAIN and type(values) in PLAIN
     lists = weight.lists
     output: Tensor = (_compute if plain else _block_sparse_linear)(
         input.reshape(-1, weight.shape[1]),
@@ -102,13 +106,6 @@ def block_sparse_linear(
 
 def _against_triton(block_shape: tuple[int, int]) -> list[str]:
     return [f"a block side of {side} is none of {KERNEL_SIDES}" for side in block_shape if side not in KERNEL_SIDES]
-
-
-def _autocast_dtype(input: Tensor) -> torch.dtype | None:
-    device = input.device.type
-    if input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _check_tensors(input: Tensor, weight: BlockSparseMatrix, bias: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """From scores to masks: which weights, blocks or rows to keep."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal, overload
 
 import torch
@@ -124,10 +125,10 @@ def _check_matrices(matrices: list[Tensor]) -> None:
             raise ValueError(f"scores[{index}] must be a matrix with entries, got shape {tuple(matrix.shape)}")
 
 
-def _checked_sparsity(sparsity: float | None) -> float:
-    if sparsity is None or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
-    return sparsity
+def _checked_sparsity(sparsity: object) -> float:
+    if isinstance(sparsity, Real) and 0 <= float(sparsity) < 1:
+        return float(sparsity)
+    raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
 
 
 def _refuse_nan(index: int, matrix: Tensor) -> None:
@@ -192,8 +193,8 @@ def _highest_words(
 
 
 def _n_of_m_words(matrices: list[Tensor], n: int | None, m: int | None, backend: str) -> list[Tensor]:
-    if n is None or m is None or not 0 < n <= m:
-        raise ValueError(f"n:m needs 0 < n <= m, got n={n}, m={m}")
+    if not (isinstance(n, int) and isinstance(m, int) and 0 < n <= m):
+        raise ValueError(f"n:m needs whole numbers 0 < n <= m, got n={n}, m={m}")
     for index, matrix in enumerate(matrices):
         if matrix.shape[1] % m:
             raise ValueError(f"scores[{index}]: m={m} must divide the columns of shape {tuple(matrix.shape)}")

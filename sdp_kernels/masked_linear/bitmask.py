@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,9 @@ class BitMask:
             more, otherwise None.
         mostly_kept: whether so many blocks are kept that dense products are faster on a GPU. Set when the mask is
             made, from what the host knows: to ask the device would stall it.
+
+    Raises:
+        ValueError: words of another dtype or shape.
     """
 
     words: Tensor
@@ -35,6 +39,11 @@ class BitMask:
     block_shape: tuple[int, int] | None = None
     lists: ActiveBlocks | None = None
     mostly_kept: bool = False
+
+    def __post_init__(self) -> None:
+        # A pytree is rebuilt around anything, also around what is no tensor.
+        if isinstance(self.words, Tensor):
+            _check_words(self.words, self.shape)
 
     @classmethod
     def from_bool(cls, mask: Tensor, *, block_shape: tuple[int, int] | None = None) -> "BitMask":
@@ -75,13 +84,16 @@ class BitMask:
 
         Raises:
             ValueError: the grid is not that of `shape` in blocks of `block_shape`.
+            TypeError: not boolean.
         """
+        if not isinstance(blocks, Tensor) or blocks.dtype != torch.bool:
+            raise TypeError(f"blocks must be a bool tensor, got {getattr(blocks, 'dtype', type(blocks).__name__)}")
         grid = block_grid(shape, block_shape)
         if tuple(blocks.shape) != grid:
             raise ValueError(f"blocks must have shape {grid}, got {tuple(blocks.shape)}")
-        keep, sides = blocks.bool(), (block_shape[0], block_shape[1])
-        words = pack_bits(keep.repeat_interleave(sides[1], 1)).repeat_interleave(sides[0], 0)
-        return cls(words, (shape[0], shape[1]), sides, _lists(keep, sides), exceeds_lists(density, sides))
+        sides = block_shape[0], block_shape[1]
+        words = pack_bits(blocks.repeat_interleave(sides[1], 1)).repeat_interleave(sides[0], 0)
+        return cls(words, (shape[0], shape[1]), sides, _lists(blocks, sides), exceeds_lists(density, sides))
 
     def to_bool(self) -> Tensor:
         """The mask as a boolean matrix, True where kept."""
@@ -146,9 +158,12 @@ def block_grid(shape: tuple[int, ...], block_shape: tuple[int, int]) -> tuple[in
     """Number of blocks down and across.
 
     Raises:
-        ValueError: the blocks do not divide the shape.
+        ValueError: no two whole numbers, or the blocks do not divide the shape.
     """
-    rows, columns = block_shape
+    sides = tuple(block_shape) if isinstance(block_shape, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f"block_shape must be two whole numbers of at least 1, got {block_shape!r}")
+    rows, columns = sides
     if rows < 1 or columns < 1 or shape[0] % rows or shape[1] % columns:
         raise ValueError(f"block_shape {tuple(block_shape)} must divide the shape {tuple(shape)}")
     return shape[0] // rows, shape[1] // columns
@@ -161,6 +176,14 @@ def _lists(keep: Tensor, block_shape: tuple[int, int]) -> ActiveBlocks | None:
 def words_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of the words of a mask of this shape."""
     return shape[0], -(-shape[1] // WORD_BITS)
+
+
+def _check_words(words: Tensor, shape: tuple[int, int]) -> None:
+    if words.dtype != torch.int32:
+        raise ValueError(f"words must be int32, got {words.dtype}")
+    if tuple(words.shape) != words_shape(shape):
+        text = f"words of a mask of shape {tuple(shape)} must have shape {words_shape(shape)}"
+        raise ValueError(f"{text}, got {tuple(words.shape)}")
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from sdp_kernels.dispatch import choose_backend
+from sdp_kernels.dispatch import autocast_dtype, choose_backend
 from sdp_kernels.masked_linear.bitmask import BitMask, block_grid, unpack_bits
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
 from sdp_kernels.masked_linear.masking import mask_, masked
@@ -89,10 +89,7 @@ def check_arguments(
     check_choice("gradient", gradient, ("masked", "dense"))
     _check_tensors(input, weight, bias, block_gate)
     check_mask("mask", mask, weight)
-    device = input.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if autocast is not None and input.dtype == torch.float64:
-        autocast = None
+    autocast = autocast_dtype(input)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if autocast is None and tensor is not None and tensor.dtype != input.dtype:
             raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
@@ -139,8 +136,10 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, block_gat
     if bias is not None:
         check_floating("bias", bias)
         check_shape("bias", bias, weight.shape[:1])
+        check_same_device("bias", bias, "input", input)
     if block_gate is not None:
         check_floating("block_gate", block_gate)
+        check_same_device("block_gate", block_gate, "input", input)
         if block_gate.dim() != 2 or 0 in block_gate.shape:
             raise ValueError(f"block_gate must be a matrix, got shape {tuple(block_gate.shape)}")
         if weight.shape[0] % block_gate.shape[0] or weight.shape[1] % block_gate.shape[1]:

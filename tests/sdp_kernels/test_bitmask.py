@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -98,6 +99,17 @@ def test_bad_arguments() -> None:
         BitMask.from_blocks(torch.ones(3, 2).bool(), (2, 2), (4, 4))
     with pytest.raises(ValueError, match="block_shape is None"):
         BitMask.from_bool(torch.ones(4, 4).bool()).to_blocks()
+    with pytest.raises(TypeError, match=r"blocks must be a bool tensor, got torch\.float32"):
+        BitMask.from_blocks(torch.full((2, 2), torch.nan), (2, 2), (4, 4))
+    for block_shape in (2, (2,), (2.0, 2)):
+        with pytest.raises(
+            ValueError, match=r"block_shape must be two whole numbers .*, got " + re.escape(repr(block_shape))
+        ):
+            BitMask.from_bool(torch.ones(4, 4).bool(), block_shape=block_shape)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"words must be int32, got torch\.float32"):
+        BitMask(torch.ones(4, 1), (4, 4))
+    with pytest.raises(ValueError, match=r"words of a mask of shape \(4, 40\) must have shape \(4, 2\), got \(4, 1\)"):
+        BitMask(torch.ones(4, 1).int(), (4, 40))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
@@ -153,7 +165,7 @@ def test_knows_whether_lists_are_worthwhile(side: int, kept: int, expected: bool
     assert (told.mostly_kept, seen.mostly_kept) == (expected, expected)
     assert told.to("cpu").mostly_kept == expected
     assert not BitMask.from_blocks(keep, (side, side), shape).mostly_kept
-    full = BitMask.from_blocks(torch.ones(2, 5), (side, side), shape, density=1.0)
+    full = BitMask.from_blocks(torch.ones(2, 5).bool(), (side, side), shape, density=1.0)
     told.copy_(full)
     assert told.equal(full)
     assert told.mostly_kept == expected

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from sdp_kernels import BlockSparseMatrix, block_sparse_linear, use_backend
+from sdp_kernels import BlockSparseMatrix, block_sparse_linear, masked_linear, use_backend
 from sdp_kernels.block_sparse_linear import cpu, launch
 
 BLOCK_SHAPES = [(16, 16), (32, 32), (64, 64), (128, 128), (128, 32), (64, 32), (16, 64), (8, 24)]
@@ -240,6 +241,22 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
             torch.testing.assert_close(
                 compiled(input, values, matrix, bias), layer(input, values, matrix, bias), rtol=1e-5, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_who_records_operators_sees_one(engine: str, tokens: int) -> None:
+    """The function behind it writes where no recorder looks: a graph would return memory as it is."""
+    input, matrix, bias = case(tokens, (64, 96), (32, 16))
+    other = torch.randn_like(input)
+    with use_backend(engine):
+        graph = make_fx(lambda rows: sparse_linear(rows, matrix, bias))(input)
+        assert_near(graph(other), F.linear(other, matrix.to_dense(), bias))
+
+
+def test_shapes_on_the_meta_device() -> None:
+    input, matrix, bias = (each.to("meta") for each in case(5, (64, 96), (32, 16)))
+    assert block_sparse_linear(input, matrix, bias, activation="gelu").shape == (5, 64)
+    assert masked_linear(input, matrix.to_dense(), torch.ones(64, 96, device="meta").bool(), bias).shape == (5, 64)
 
 
 def test_double_backward_raises() -> None:

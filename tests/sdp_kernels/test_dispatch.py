@@ -50,6 +50,22 @@ def test_a_forced_backend_stays_in_its_thread() -> None:
     assert seen == ["cpu"]
 
 
+def test_tangents_are_not_dropped() -> None:
+    weight = torch.ones(2, 3)
+    ops = [
+        lambda rows: sdp_kernels.masked_linear(rows, weight, weight > 0),
+        lambda rows: sdp_kernels.block_sparse_linear(rows, sdp_kernels.BlockSparseMatrix.from_dense(weight, (2, 3))),
+        lambda rows: cross_correlation_loss(rows, torch.randn(4, 3)),
+    ]
+    for op in ops:
+        with pytest.raises(NotImplementedError, match=r"_l.* has no forward-mode derivative"):
+            torch.func.jvp(op, (torch.randn(4, 3),), (torch.ones(4, 3),))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(torch.randn(4, 3), torch.ones(4, 3))
+            with pytest.raises(NotImplementedError, match=r"_l.* has no forward-mode derivative"):
+                op(dual)
+
+
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match=r"name must be one of .* got 'cuda'"), use_backend("cuda"):
         pass

@@ -197,6 +197,8 @@ def test_zero_one_weight_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"mask": None}, TypeError, "mask .* got NoneType"),
         ({"mask": torch.ones(12, 39).bool()}, ValueError, r"mask must have shape \(12, 40\), got \(12, 39\)"),
         ({"bias": torch.ones(40)}, ValueError, r"bias must have shape \(12,\), got \(40,\)"),
+        ({"bias": torch.ones(12, device="meta")}, ValueError, "bias must be on the device of input, cpu, got meta"),
+        ({"block_gate": torch.ones(6, 4, device="meta")}, ValueError, "block_gate must be on the device of input"),
         ({"gradient": "none"}, ValueError, "gradient must be one of .* got 'none'"),
         ({"block_gate": torch.ones(5, 4)}, ValueError, r"block_gate of shape \(5, 4\) must divide"),
         ({"block_gate": torch.ones(4)}, ValueError, r"block_gate must be a matrix, got shape \(4,\)"),
