@@ -48,12 +48,16 @@ def example_keys(batch: Mapping[str, Any]) -> list[bytes]:
     """Return a hash of what the teacher reads of every row of a collated batch: neither padding nor labels.
 
     Raises:
-        ValueError: a row is padded on the left, where what a model sees may depend on how much padding there is.
+        ValueError: a row is padded elsewhere than at its end, where what a model sees, and where it sees it, may depend
+            on the padding.
     """
     arrays = {name: value.numpy() for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
     mask = arrays.get("attention_mask")
-    if mask is not None and not mask[:, 0].all():
-        raise ValueError("teacher_cache needs padding on the right: set padding_side='right' in the tokenizer")
+    if mask is not None and not (mask.ndim == 2 and mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+        raise ValueError(
+            "teacher_cache needs padding on the right: set padding_side='right' in the tokenizer, and leave no tokens "
+            f"inside a row out of attention_mask, here of shape {mask.shape}"
+        )
     keys = []
     for row in range(len(next(iter(arrays.values())))):
         digest = hashlib.blake2b(digest_size=_KEY_BYTES)

@@ -113,13 +113,16 @@ def reduce_tokens(hidden: Tensor, mask: Tensor | None, kind: str) -> Tensor:
     """
     if kind == "tokens":
         return hidden
-    if mask is None:
-        return hidden[:, 0] if kind == "first" else hidden.mean(1)
-    if kind == "first":  # not position 0 where the padding stands on the left
-        first = mask.to(torch.int32).argmax(1)
+    if kind == "first":
+        if mask is None:
+            return hidden[:, 0]
+        first = mask.to(torch.int32).argmax(1)  # not position 0 where the padding stands on the left
         return hidden[torch.arange(len(hidden), device=hidden.device), first]
-    weight = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)  # a sum over many tokens may pass what fp16 holds
+    if mask is None:
+        return hidden.mean(1, dtype=dtype).to(hidden.dtype)
+    kept = hidden.masked_fill((mask == 0).unsqueeze(-1), 0.0)  # no product: padding may hold NaN
+    return (kept.sum(1, dtype=dtype) / mask.sum(1, keepdim=True).clamp(min=1)).to(hidden.dtype)
 
 
 def token_mask(inputs: Mapping[str, Any], model: nn.Module) -> Tensor | None:

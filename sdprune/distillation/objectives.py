@@ -115,8 +115,10 @@ def kl(comparison: Comparison) -> Tensor:
     """SDP-KLD: temperature**2 * KL(teacher || student) of the softened class probabilities, mean over predictions.
 
     One prediction is an example, or a position of a model that predicts at every one, without padding and ignored
-    labels.
+    labels. Where none counts it is 0.
     """
+    if _none_counts(comparison.positions):
+        return comparison.student["logits"][:0].sum()
     return kl_divergence_loss(
         comparison.student["logits"],
         comparison.teacher["logits"],
@@ -126,8 +128,17 @@ def kl(comparison: Comparison) -> Tensor:
 
 
 def cosine(comparison: Comparison) -> Tensor:
-    """SDP-Cos: 1 - cosine of student and teacher features, mean over rows."""
-    return _mean([cosine_distance_loss(s, t, sample_weight=mask) for _, s, t, mask in comparison.rows()])
+    """SDP-Cos: 1 - cosine of student and teacher features, mean over rows; 0 where none counts."""
+    return _mean([_cosine_distance(s, t, mask) for _, s, t, mask in comparison.rows()])
+
+
+def _cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    return student[:0].sum() if _none_counts(mask) else cosine_distance_loss(student, teacher, sample_weight=mask)
+
+
+def _none_counts(mask: Tensor | None) -> bool:
+    """Tell whether a CPU's mask leaves all rows out, which the losses refuse there; on a GPU they are 0 unasked."""
+    return mask is not None and mask.device.type == "cpu" and not bool(mask.any())
 
 
 def mse(comparison: Comparison) -> Tensor:

@@ -80,6 +80,13 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SDPruneConfig)
         theirs, ours = (getattr(getattr(model, "config", None), attribute, None) for model in (teacher, student))
         if theirs != ours:
             raise ValueError(f"teacher_model has {words.format(theirs)}, the model has {words.format(ours)}")
+    if "logits" in feature_names(config):
+        theirs, ours = (_label_names(model) for model in (teacher, student))
+        if theirs != ours and sorted(theirs) == sorted(ours):
+            raise ValueError(
+                f"teacher_model has its classes in another order ({', '.join(theirs)}) than the model "
+                f"({', '.join(ours)}); logits are compared one by one"
+            )
     if "weights" in needed:
         weights = {name: matrix(module).shape for name, module in teacher.named_modules() if is_linear(module)}
         for name, layer in masked_layers(student).items():
@@ -90,6 +97,11 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SDPruneConfig)
                     f"the aligned objectives compare weights by name: {name}.weight has shape "
                     f"{tuple(matrix(layer).shape)} in the model, {has} in teacher_model"
                 )
+
+
+def _label_names(model: nn.Module) -> list[str]:
+    names: Mapping[Any, Any] = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [str(names[key]).casefold() for key in sorted(names, key=int)]
 
 
 def check_labels(row: Mapping[str, Any], label_names: Iterable[str], config: SDPruneConfig) -> None:

@@ -258,7 +258,8 @@ class SDPruneTrainer(Trainer):
                     f"the {name} loss is {value.item()} at step {self.state.global_step + 1}; "
                     "lower learning_rate or distillation_weight, or train without bf16"
                 )
-            self._parts[name] = self._parts.get(name, 0.0) + value.detach()
+            # in fp32: a bfloat16 sum soon no longer grows
+            self._parts[name] = self._parts.get(name, 0.0) + value.detach().float()
         self._part_count += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

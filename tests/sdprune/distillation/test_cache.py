@@ -92,6 +92,10 @@ def test_keys_know_content_alone(dataset_factory, tokenizer):
     batch["attention_mask"] = batch["attention_mask"].flip(1)
     with pytest.raises(ValueError, match="teacher_cache needs padding on the right"):
         example_keys(batch)
+    batch = collate(rows)
+    batch["attention_mask"][:, 1] = 0  # kept tokens alone would be taken for the first ones
+    with pytest.raises(ValueError, match=r"no tokens inside a row out of attention_mask, here of shape \(12, \d+\)"):
+        example_keys(batch)
 
 
 def test_the_hash_of_a_model_is_that_of_its_weights(model_factory, tmp_path):

@@ -61,6 +61,20 @@ def test_representations_leave_padding_out(mask):
     assert reduce_tokens(hidden, mask, "tokens") is hidden
 
 
+def test_means_neither_overflow_nor_see_padding():
+    hidden = torch.full((2, 600, 4), 150.0, dtype=torch.float16)  # their sum, 90000, is more than fp16 holds
+    mask = torch.ones(2, 600, dtype=torch.bool)
+    mask[1, 5:] = False
+    hidden[1, 5:] = torch.nan
+    hidden.requires_grad_()
+    for mean in (reduce_tokens(hidden, mask, "mean"), reduce_tokens(hidden[:1], None, "mean")):
+        assert mean.dtype == torch.float16
+        assert (mean == 150.0).all()
+    reduce_tokens(hidden, mask, "mean").sum().backward()
+    assert (hidden.grad[1, :5] == torch.tensor(0.2).half()).all()
+    assert (hidden.grad[1, 5:] == 0).all()
+
+
 def test_pooled_needs_a_pooler_and_masks_need_their_length():
     class Body(SimpleNamespace):
         def __getitem__(self, index):

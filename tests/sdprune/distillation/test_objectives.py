@@ -148,6 +148,19 @@ def test_a_single_row_adds_nothing(mask):
     assert bool((student[kind].grad == 0).all())
 
 
+@pytest.mark.parametrize("name", ["cross_correlation", "kl", "cosine", "mse"])
+def test_a_batch_in_which_nothing_counts_adds_nothing(name):
+    """As on a GPU, where the losses do not look: say a batch of prompts that were cut before their answers."""
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    student, teacher = pair(logits=(2, 4, 3))
+    student["logits"].requires_grad_()
+    config = SDPruneConfig(distillation=name, representation="logits")
+    loss = compare(config, student, teacher, tokens=None, positions=nothing)[name]
+    loss.backward()
+    assert loss == 0
+    assert (student["logits"].grad == 0).all()
+
+
 def test_the_queue_adds_earlier_rows_without_padding():
     config = SDPruneConfig(queue_size=64, representation="tokens")
     queues = {}

@@ -227,6 +227,16 @@ def test_a_task_loss_needs_labels(make, dataset_factory):
     assert set(rows[0]) == {"loss", "loss_kl"}
 
 
+def test_logged_parts_of_a_model_in_bfloat16_are_means(make):
+    """Their sum over 400 micro-batches is not taken in bfloat16, which holds no odd number above 256."""
+    trainer = make(distillation=None)
+    for _ in range(400):
+        trainer._record({"task": torch.tensor(0.75, dtype=torch.bfloat16)})
+    logs = {"loss": 0.75}
+    trainer.log(logs)
+    assert logs["loss_task"] == 0.75
+
+
 def test_the_task_weight_is_used(make):
     light, heavy = (losses(make(distillation=None, task_weight=weight))[0] for weight in (1.0, 3.0))
     assert light["loss"] == pytest.approx(light["loss_task"])
@@ -266,6 +276,19 @@ def test_the_task_weight_is_used(make):
 def test_teachers_that_do_not_fit_are_refused(make, model_factory, changes, fields, message):
     with pytest.raises(ValueError, match=message):
         make(teacher=model_factory(**changes), **fields)
+
+
+def test_a_teacher_names_its_classes_in_the_order_of_the_model(make, model_factory):
+    def named(seed, *names):
+        return model_factory(seed, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+
+    with pytest.raises(
+        ValueError, match=r"classes in another order \(good, bad\) than the model \(bad, good\); logits"
+    ):
+        make(named(0, "bad", "good"), teacher=named(1, "Good", "Bad"), distillation="kl")
+    for names in (("Bad", "Good"), ("LABEL_0", "LABEL_1")):
+        assert make(named(0, "bad", "good"), teacher=named(1, *names), distillation="kl").teacher is not None
+    assert make(named(0, "bad", "good"), teacher=named(1, "good", "bad"), distillation="mse").teacher is not None
 
 
 def test_a_teacher_may_be_narrower_where_logits_alone_are_compared(make, model_factory):
