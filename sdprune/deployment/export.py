@@ -15,6 +15,7 @@ from sdprune.deployment.plan import BLOCK_SHAPES
 from sdprune.deployment.plan_record import Plan
 from sdprune.deployment.sparse_linear import pruned_weight
 from sdprune.deployment.storage import NARROW, UNSTRUCTURED
+from sdprune.deployment.weight_files import WeightFiles, digest_of_rest
 from sdprune.files import new_directory
 from sdprune.masking.coupling import find_couplings
 from sdprune.masking.pruner import measure_sparsity
@@ -93,6 +94,10 @@ def export(
             dense.config.quantization_config = _tag(records).to_dict()
         with new_directory(Path(directory)) as folder:
             dense.save_pretrained(folder, max_shard_size=max_shard_size)
+            if format != "plain":
+                rest = digest_of_rest(WeightFiles.of(folder), records)
+                dense.config.quantization_config |= {"rest_sha256": rest}
+                dense.config.save_pretrained(folder)
             if format == "compact":
                 store(dense, records)
                 dense.save_pretrained(folder, variant=VARIANT, max_shard_size=max_shard_size)

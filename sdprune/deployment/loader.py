@@ -43,7 +43,7 @@ from sdprune.deployment.storage import (
     pack,
     verify,
 )
-from sdprune.deployment.weight_files import WeightFiles
+from sdprune.deployment.weight_files import WeightFiles, digest_of_rest
 from sdprune.masking.linears import is_conv1d
 
 
@@ -85,7 +85,7 @@ class SDPruneQuantizer(HfQuantizer):
         records = self.quantization_config.records
         if records:
             files = _open(model, checkpoint_files)
-            self._stored = prepare(model, records, files)
+            self._stored = prepare(model, records, files, self.quantization_config.rest_sha256)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -100,7 +100,7 @@ class SDPruneQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the dense state, and renew the records, which `save_pretrained` writes next."""
         records = self.quantization_config.records
-        dense = dense_copy(model, records)
+        dense = dense_copy(model)
         self.quantization_config.take(renewed(dense, records))
         return dense.state_dict(), {}
 
@@ -113,13 +113,16 @@ def register() -> None:
         register_quantizer(METHOD)(SDPruneQuantizer)
 
 
-def prepare(model: Any, records: Records, files: WeightFiles) -> dict[str, tuple[LayerRecord, Tensors | None]]:
+def prepare(
+    model: Any, records: Records, files: WeightFiles, rest_sha256: str | None = None
+) -> dict[str, tuple[LayerRecord, Tensors | None]]:
     """Check every stored layer in its file, and shape the model to take the tensors as they are stored.
 
     Args:
         model: still without weights, usually on the meta device.
         records: from config.json, by the names of the tensors in the files.
         files: of the checkpoint.
+        rest_sha256: digest of all other tensors, from config.json; None: they are not checked.
 
     Returns:
         By the names in the model, which may have one prefix more or less, the record of each layer, and its packed
@@ -140,6 +143,8 @@ def prepare(model: Any, records: Records, files: WeightFiles) -> dict[str, tuple
             continue
         module = model.get_submodule(own)
         _check_module(module, record, name)
+        if module.bias is not None and f"{name}.bias" not in files:
+            raise ValueError(f"{files.file_of('')}: tensor '{name}.bias' is missing")
         if record.consumer is not None:
             record = _with_consumer(record, names[record.consumer])
         found[own] = (record, None if compact else tensors)
@@ -150,6 +155,12 @@ def prepare(model: Any, records: Records, files: WeightFiles) -> dict[str, tuple
                 for key, value in tensors.items()
             }
             model.set_submodule(own, StoredLinear(empty, module.bias))
+    if rest_sha256 not in (None, digest_of_rest(files, records)):
+        raise ValueError(
+            f"{files.file_of('')}: the tensors that are not of a stored layer (biases, norms, embeddings) are not what "
+            "config.json describes (quantization_config.rest_sha256 differs): the file is damaged, or belongs to "
+            "another checkpoint"
+        )
     return found
 
 
@@ -215,7 +226,8 @@ def load(
     Args:
         directory: a local folder that `sdprune.export` wrote, in any format.
         variant: "compact" for the compact files; None for the plain ones.
-        dtype: of the floating-point weights; None: as they are stored.
+        dtype: of the floating-point weights, but for those that the class of model keeps in float32; None: as they
+            are stored.
         auto_class: such as `transformers.AutoModelForSequenceClassification`; None: the class that was exported.
 
     Returns:
@@ -239,18 +251,14 @@ def load(
     values = getattr(config, "quantization_config", None) or {"quant_method": METHOD}
     storage = SDPruneQuantizationConfig(**values)
     if auto_class is None:
-        name = (config.architectures or [""])[0]
-        made = getattr(transformers, name, None)
-        if made is None:
-            raise ValueError(f"{folder / 'config.json'}: architectures must name a class of transformers, got {name!r}")
-        model = made._from_config(config)
+        model = _exported_class(config.architectures, folder / "config.json")._from_config(config)
     else:
         model = auto_class.from_config(config)
-    stored = prepare(model, storage.records, files)
+    stored = prepare(model, storage.records, files, storage.rest_sha256)
     _fill(model, files)
-    build(model, stored)
     if dtype is not None:
-        model.to(dtype)
+        _convert(model, dtype)
+    build(model, stored)
     storage.take(own_records(stored))
     if stored:
         attach(model, storage)
@@ -280,6 +288,29 @@ def _fill(model: nn.Module, files: WeightFiles) -> None:
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
+
+
+def _convert(model: Any, dtype: torch.dtype) -> None:
+    """To another dtype, what was loaded, as `from_pretrained` does: what a model computes (the angles of rotary
+    embeddings) or wants in float32 (`_keep_in_fp32_modules`) would lose digits that it needs.
+    """
+    loaded = model.state_dict().keys()
+    wide = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    if dtype in (torch.float16, torch.bfloat16):
+        wide |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in loaded and tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if any(f".{part}." in f".{name}." for part in wide) else dtype)
+
+
+def _exported_class(architectures: Any, file: Path) -> Any:
+    import transformers
+
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    made = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+        raise ValueError(f"{file}: architectures must name a model class of transformers, got {architectures!r}")
+    return made
 
 
 def _key_in(own: Mapping[str, Any], name: str, prefix: str) -> str | None:

@@ -30,6 +30,7 @@ class SDPruneQuantizationConfig(QuantizationConfigMixin):
             best, or narrower matrices where rows or columns are empty.
         max_density: only while converting: a layer stays dense if more of it than this would be kept.
         quant_method: "sdprune".
+        rest_sha256: digest of the tensors that do not belong to `modules`, as they stand in the files; None: not known.
 
     Raises:
         ValueError: an unknown version or field, or a malformed value; the message names it.
@@ -43,6 +44,7 @@ class SDPruneQuantizationConfig(QuantizationConfigMixin):
         block_shape: Sequence[int] | None = None,
         max_density: float = 0.5,
         quant_method: str = METHOD,
+        rest_sha256: str | None = None,
         **unknown: Any,
     ) -> None:
         if type(version) is not int or version != VERSION:
@@ -52,15 +54,21 @@ class SDPruneQuantizationConfig(QuantizationConfigMixin):
         if quant_method != METHOD:
             raise ValueError(f"{FIELD}.quant_method must be {METHOD!r}, got {quant_method!r}")
         for name in unknown:
-            raise ValueError(f"{FIELD} has an unknown field {name!r}; known are modules, version, quant_method")
+            raise ValueError(
+                f"{FIELD} has an unknown field {name!r}; known are modules, version, quant_method, rest_sha256"
+            )
         if modules is not None and not isinstance(modules, Mapping):
             raise ValueError(f"{FIELD}.modules must be an object, got {modules!r}")
+        if rest_sha256 is not None and not (
+            isinstance(rest_sha256, str) and re.fullmatch(r"[0-9a-f]{64}", rest_sha256)
+        ):
+            raise ValueError(f"{FIELD}.rest_sha256 must be 64 hexadecimal digits, got {rest_sha256!r}")
         if isinstance(max_density, bool) or not isinstance(max_density, int | float) or not 0.0 <= max_density <= 1.0:
             raise ValueError(f"max_density must lie between 0 and 1, got {max_density!r}")
         if block_shape is not None:
             shape_name(tuple(block_shape))  # type: ignore[arg-type]  # checks
         self.quant_method = METHOD  # type: ignore[assignment]  # its own enumeration knows only built-in methods
-        self.version = version
+        self.version, self.rest_sha256 = version, rest_sha256
         self.modules = {name: dict(values) for name, values in (modules or {}).items() if _checked(name, values)}
         self.block_shape = None if block_shape is None else (block_shape[0], block_shape[1])
         self.max_density = max_density
@@ -80,13 +88,14 @@ class SDPruneQuantizationConfig(QuantizationConfigMixin):
         return found
 
     def take(self, records: Mapping[str, LayerRecord]) -> None:
-        """Hold these layers from now on, and no wish to convert others."""
+        """Hold these layers from now on, no wish to convert others, and no digest: the tensors may change."""
         self.modules = {name: record.to_dict() for name, record in records.items()}
-        self.block_shape = None
+        self.block_shape = self.rest_sha256 = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds."""
-        return {"quant_method": METHOD, "version": self.version, "modules": self.modules}
+        values = {"quant_method": METHOD, "version": self.version, "modules": self.modules}
+        return values if self.rest_sha256 is None else values | {"rest_sha256": self.rest_sha256}
 
 
 def _field(name: str) -> str:

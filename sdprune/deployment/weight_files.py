@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from sdprune.deployment.storage import INDICES, LayerRecord, digest
 
 
 class WeightFiles:
@@ -83,6 +86,18 @@ class WeightFiles:
             raise ValueError(f"{self.file_of(name)}: tensor {name!r} is missing")
         tensor: Tensor = self._opened[self._homes[name]].get_tensor(name)
         return tensor
+
+
+def digest_of_rest(files: WeightFiles, records: Mapping[str, LayerRecord]) -> str:
+    """Return the sha256 of all tensors that no record describes: biases, norms, embeddings, dense layers.
+
+    The plain and the compact files of a checkpoint share them, so it is the same for both.
+    """
+    stored = {f"{name}.{part}" for name, record in records.items() for part in ("weight", *INDICES[record.structure])}
+    found = hashlib.sha256()
+    for name in sorted(set(files.names()) - stored):
+        found.update(digest({name: files.read(name)}).encode())
+    return found.hexdigest()
 
 
 def check_inside(directory: Path, name: Any, field: str) -> None:

@@ -143,6 +143,37 @@ def test_a_missing_tensor(folder, load, name):
         load(folder, "compact")
 
 
+def test_a_flipped_bit_beside_the_stored_layers(folder, load, variant):
+    def flip(tensors):
+        tensors["bert.embeddings.LayerNorm.bias"].view(torch.int32)[0] ^= 1
+
+    edit_weights(folder / weights(variant), flip)
+    with pytest.raises(ValueError, match=rf"{weights(variant)}: .*rest_sha256 differs.*damaged"):
+        load(folder, variant)
+
+
+@pytest.mark.parametrize("digest", [True, False])
+def test_a_tensor_under_another_name(folder, load, variant, digest):
+    """transformers leaves a bias that no file holds as memory happens to be, or makes it anew."""
+
+    def rename(tensors):
+        tensors[f"{BLOCK}.bjas"] = tensors.pop(f"{BLOCK}.bias")
+
+    edit_weights(folder / weights(variant), rename)
+    if not digest:  # as `save_pretrained` leaves it
+        edit_config(folder, lambda tag: tag.pop("rest_sha256"))
+    with pytest.raises(ValueError, match=rf"{weights(variant)}: tensor '{BLOCK}.bias' is missing"):
+        load(folder, variant)
+
+
+@pytest.mark.parametrize("named", [["pipeline"], ["utils"], ["BertConfig"], "BertModel", [3], [], None, {"a": 1}])
+def test_architectures_that_are_no_model(folder, named):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": named}))
+    with pytest.raises(ValueError, match=r"config\.json: architectures must name a model class of transformers, got "):
+        sdprune.load(folder)
+
+
 def test_indices_of_another_type(folder, load):
     def widen(tensors):
         tensors[f"{NARROW}.rows"] = tensors[f"{NARROW}.rows"].long()
@@ -181,7 +212,8 @@ CHANGES = {
     ),
     r"kept must be at most \[16\], got \[99\]": lambda tag: tag["modules"][BLOCK].update(kept=[99]),
     "density must be .* as its other parts have it, got 0.5": lambda tag: tag["modules"][BLOCK].update(density=0.5),
-    "sha256 must be 64 hexadecimal digits, got 'abc'": lambda tag: tag["modules"][BLOCK].update(sha256="abc"),
+    "rest_sha256 must be 64 hexadecimal digits, got 7": lambda tag: tag.update(rest_sha256=7),
+    r"\]\.sha256 must be 64 hexadecimal digits, got 'abc'": lambda tag: tag["modules"][BLOCK].update(sha256="abc"),
     r"block_shape must be 2 whole numbers of at least 1, got None": lambda tag: tag["modules"][BLOCK].pop(
         "block_shape"
     ),

@@ -18,7 +18,7 @@ KINDS = {"block": BlockSparseLinear, "narrow": NarrowLinear}
 
 def dense_state(model):
     """Return the state of a model, its sparse layers made dense again as saving does."""
-    return dense_copy(model, model.config.quantization_config.records).state_dict()
+    return dense_copy(model).state_dict()
 
 
 def assert_equal_states(found, expected):
@@ -171,3 +171,20 @@ def test_a_loaded_model_trains(make_architecture, tmp_path):
     found.save_pretrained(tmp_path / "trained")
     again = auto_class.from_pretrained(tmp_path / "trained")
     assert_equal_states(dense_state(again), dense_state(found))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_load_converts_as_transformers_does(make_architecture, name, dtype, tmp_path):
+    """The angles of rotary embeddings stay float32, and so do T5's last products in float16."""
+    auto_class, model, _ = make_architecture(name)
+    folder = export(model, tmp_path / "model", "compact")
+    for variant in VARIANTS:
+        found = sdprune.load(folder, variant, dtype)
+        expected = auto_class.from_pretrained(folder, variant=variant, dtype=dtype)
+        for mine, theirs in (
+            (found.named_parameters(), expected.named_parameters()),
+            (found.named_buffers(), expected.named_buffers()),
+        ):
+            assert_equal_states(dict(mine), dict(theirs))
+        assert torch.equal(logits(found), logits(expected))
