@@ -23,6 +23,7 @@ from sdprune.deployment.export import plain_copy
 from sdprune.deployment.plan import BLOCK_SHAPES, apply, plan, shape_name, sharing_copy
 from sdprune.deployment.plan_record import Plan
 from sdprune.deployment.timing import device_name, measure, peak_mib
+from sdprune.masking.linears import matrix
 from sdprune.masking.pruner import measure_sparsity
 from sdprune.masking.select import select_linears
 
@@ -136,7 +137,7 @@ def prune_random_blocks(model: nn.Module, sparsity: float, block_shape: tuple[in
     """Zero random blocks of the linear layers in the stack of layers, in place: the same share of every matrix."""
     generator = torch.Generator().manual_seed(seed)
     for name in select_linears(model, SDPruneConfig()):
-        weight = model.get_parameter(f"{name}.weight")
+        weight = matrix(model.get_submodule(name))
         height, width = block_shape
         rows, columns = -(-weight.shape[0] // height), -(-weight.shape[1] // width)
         kept = torch.ones(rows * columns, dtype=torch.bool)

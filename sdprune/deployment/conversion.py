@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdp_kernels import BlockSparseMatrix
-from sdprune.deployment.plan import sharing_copy
+from sdprune.deployment.plan import is_plain_linear, sharing_copy
 from sdprune.deployment.sparse_linear import BlockSparseLinear, NarrowLinear, pruned_weight
 from sdprune.deployment.storage import (
     BLOCK,
@@ -24,7 +24,6 @@ from sdprune.deployment.storage import (
     pack,
     unpack,
 )
-from sdprune.masking.layers import MaskedLinear
 from sdprune.masking.linears import is_conv1d
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,7 +51,7 @@ class RemovedLinear(nn.Linear):
         super().__init__(1, 1, bias is not None, device="meta")  # torch warns of layers without inputs or outputs
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.shape = shape
+        self.shape, self.transposed = shape, False
         kept = None if bias is None else nn.Parameter(bias.detach()[rows.long()], requires_grad=bias.requires_grad)
         self.bias = kept  # type: ignore[assignment]  # None where there is none, as nn.Linear has it
         self.register_buffer("full_bias", None if bias is None else bias.detach().clone(), persistent=False)
@@ -75,32 +74,20 @@ class RemovedLinear(nn.Linear):
 SPARSE = (BlockSparseLinear, NarrowLinear, RemovedLinear)
 
 
-def is_dense(module: nn.Module) -> bool:
-    """Whether it is a dense layer that can be stored in another form; of other subclasses it is not known."""
-    return type(module) in (nn.Linear, MaskedLinear) or is_conv1d(module)
-
-
-def dense_layer(module: Any, *, transposed: bool = False) -> nn.Module:
-    """Return the dense layer of a sparse or masked one, the bias shared; Conv1D where `transposed`."""
+def dense_layer(module: Any) -> nn.Module:
+    """Return the dense layer of a sparse or masked one, the bias shared; Conv1D where it was one."""
     if isinstance(module, SPARSE):
         linear = module.to_linear()
-        return _linear(linear.weight.detach(), linear.bias, transposed, linear.weight.requires_grad)
+        return _linear(linear.weight.detach(), linear.bias, module.transposed, linear.weight.requires_grad)
     return _linear(pruned_weight(module), module.bias, is_conv1d(module), module.weight.requires_grad)
 
 
-def dense_copy(model: Model, records: Mapping[str, LayerRecord] | None = None) -> Model:
-    """Return a copy around the same tensors in which every sparse or masked layer is dense, its zeros in place.
-
-    Args:
-        model: stays as it is.
-        records: of its sparse layers, if it was loaded: they tell which were Conv1D.
-    """
+def dense_copy(model: Model) -> Model:
+    """Return a copy around the same tensors in which every sparse or masked layer is dense, its zeros in place."""
     copy = sharing_copy(model)
     for name, module in list(copy.named_modules()):
-        if isinstance(module, SPARSE):
-            record = (records or {}).get(name)
-            copy.set_submodule(name, dense_layer(module, transposed=record is not None and record.transposed))
-        elif is_dense(module) and getattr(module, "bit_mask", None) is not None:
+        masked = is_plain_linear(module) and getattr(module, "bit_mask", None) is not None
+        if masked or isinstance(module, SPARSE):
             copy.set_submodule(name, dense_layer(module))
     return copy
 
@@ -109,7 +96,9 @@ def dense_names(model: nn.Module) -> list[str]:
     """Return the names of the dense layers whose weight belongs to them alone."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return [
-        name for name, module in model.named_modules() if name and is_dense(module) and owners[id(module.weight)] == 1
+        name
+        for name, module in model.named_modules()
+        if name and is_plain_linear(module) and owners[id(module.weight)] == 1
     ]
 
 
@@ -198,6 +187,7 @@ def make_layer(tensors: Mapping[str, Tensor], bias: nn.Parameter | None, record:
         rows_or_all = tensors["rows"].long() if kept_rows < out_features else None
         columns_or_all = tensors["columns"].long() if kept_columns < in_features else None
         layer = NarrowLinear(weight, bias, columns_or_all, rows_or_all, in_features, out_features)
+    layer.transposed = record.transposed
     layer.register_load_state_dict_pre_hook(partial(_take_dense, record))  # type: ignore[no-untyped-call]
     return layer
 

@@ -112,7 +112,7 @@ def plain_copy(model: Any) -> Any:
     What it computes equals what `model` does, up to rounding; for tools that know only dense layers.
     """
     tag = getattr(model.config, "quantization_config", None)
-    dense = dense_copy(model, getattr(tag, "records", None))
+    dense = dense_copy(model)
     if hasattr(tag, "records"):
         del dense.config.quantization_config
         for name in ("hf_quantizer", "quantization_method"):

@@ -19,6 +19,7 @@ from sdprune.deployment.plan_record import DENSE, NARROW, Candidate, LayerPlan, 
 from sdprune.deployment.sparse_linear import BlockSparseLinear, NarrowLinear, pruned_weight
 from sdprune.deployment.timing import Times, device_name, measure
 from sdprune.masking.layers import MaskedLinear
+from sdprune.masking.linears import is_conv1d, is_linear, matrix
 from sdprune.masking.select import select_linears
 
 BLOCK_SHAPES = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 32), (128, 128))
@@ -48,7 +49,7 @@ def plan(
     The choice depends on the number of tokens: plan with the batch and the length that the model will see.
 
     Args:
-        model: with zeros in its `nn.Linear` layers, or in masked layers, on the device where it will run.
+        model: with zeros in its `nn.Linear` or `Conv1D` layers, or in masked layers, on the device where it will run.
         sample_input: keyword arguments of the model; tensors are moved to its device.
         block_shapes: (out, in) of the blocks to try.
         target_modules: regular expressions over whole names of layers; None: every linear layer whose weight
@@ -123,7 +124,7 @@ def apply(model: Model, plan: Plan) -> Model:
     return model
 
 
-def convert(linear: nn.Linear, choice: str) -> SparseLayer:
+def convert(linear: nn.Module, choice: str) -> SparseLayer:
     """Return the form of a layer that a choice such as "narrow" or "32x32" names.
 
     Raises:
@@ -161,22 +162,24 @@ def _candidate_names(
     if target_modules is None:
         owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         eligible = [
-            name for name, module in model.named_modules() if _is_linear(module) and owners[id(module.weight)] == 1
+            name
+            for name, module in model.named_modules()
+            if name and is_plain_linear(module) and owners[id(module.weight)] == 1
         ]
         if not eligible:
-            raise ValueError(f"model {type(model).__name__} has no nn.Linear layer to plan for")
+            raise ValueError(f"model {type(model).__name__} has no linear layer to plan for")
         target_modules = [re.escape(name) for name in eligible]
     patterns = {
         option: tuple(value) if isinstance(value, list) else value
         for option, value in (("target_modules", target_modules), ("exclude_modules", exclude_modules))
     }
     names = select_linears(model, SDPruneConfig(**patterns))  # type: ignore[arg-type]
-    return [name for name in names if _is_linear(model.get_submodule(name))]
+    return [name for name in names if is_plain_linear(model.get_submodule(name))]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Not of any other subclass: what it computes is not known."""
-    return type(module) in (nn.Linear, MaskedLinear)
+def is_plain_linear(module: nn.Module) -> bool:
+    """Tell whether it is a linear layer, dense or masked; of other subclasses what they compute is not known."""
+    return type(module) in (nn.Linear, MaskedLinear) or is_conv1d(module)
 
 
 @contextmanager
@@ -228,7 +231,7 @@ def _plan_layers(
 
 
 def _time_forms(
-    linear: nn.Linear, rows: Tensor, shapes: Mapping[str, tuple[int, int]], repeats: int
+    linear: nn.Module, rows: Tensor, shapes: Mapping[str, tuple[int, int]], repeats: int
 ) -> dict[str, Candidate]:
     forms: dict[str, Any] = {}
     for choice in (NARROW, *shapes):
@@ -256,12 +259,14 @@ def _winner(candidates: Mapping[str, Candidate]) -> str:
     return min(winners, key=lambda choice: winners[choice]) if winners else DENSE
 
 
-def _linear_named(model: nn.Module, layer: LayerPlan) -> nn.Linear:
+def _linear_named(model: nn.Module, layer: LayerPlan) -> nn.Module:
     try:
         found = model.get_submodule(layer.name)
     except AttributeError:
         raise ValueError(f"plan: the model has no layer {layer.name!r}") from None
-    if not isinstance(found, nn.Linear) or tuple(found.weight.shape) != layer.shape:
-        got = tuple(found.weight.shape) if isinstance(found, nn.Linear) else type(found).__name__
-        raise ValueError(f"plan: layer {layer.name!r} must be an nn.Linear with a weight of {layer.shape}, got {got}")
+    got = tuple(matrix(found).shape) if is_linear(found) else type(found).__name__
+    if got != tuple(layer.shape):
+        raise ValueError(
+            f"plan: layer {layer.name!r} must be a linear layer with an (out, in) weight of {layer.shape}, got {got}"
+        )
     return found

@@ -13,7 +13,7 @@ from torch.nn import functional
 from sdp_kernels import BitMask, BlockSparseMatrix, block_sparse_linear
 from sdp_kernels.block_sparse_linear.matrix import BlockLists
 from sdprune.masking.layers import MaskedLinear
-from sdprune.masking.linears import matrix
+from sdprune.masking.linears import is_conv1d, matrix
 
 _LISTS = tuple(field.name for field in fields(BlockLists))
 _STORED = ("values", "crow_indices", "col_indices")
@@ -46,6 +46,7 @@ class BlockSparseLinear(nn.Module):
         crow_indices: int32, where each row of blocks begins in `values`, and at the end their number.
         col_indices: (blocks,) int32, the block column of each block.
         bias: (out_features,) or None.
+        transposed: whether it stands for a layer that stores its weight as (in, out), as the `Conv1D` of transformers.
 
     Raises:
         ValueError: more blocks than the weight has, or a block shape that is not two whole numbers above 0.
@@ -67,6 +68,7 @@ class BlockSparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.transposed = False
         self.in_features, self.out_features = in_features, out_features
         self.block_shape = _checked_shape(block_shape)
         rows, columns = -(-out_features // self.block_shape[0]), -(-in_features // self.block_shape[1])
@@ -83,11 +85,11 @@ class BlockSparseLinear(nn.Module):
         self._set_lists(BlockLists.from_indices(crow, col, columns).to(values.device))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, block_shape: tuple[int, int], mask: Tensor | BitMask | None = None) -> Self:
+    def from_linear(cls, linear: nn.Module, block_shape: tuple[int, int], mask: Tensor | BitMask | None = None) -> Self:
         """Pack the kept blocks of a dense layer; the bias is shared, the blocks are copied.
 
         Args:
-            linear: the layer; a `MaskedLinear` brings its own mask.
+            linear: an `nn.Linear`, or the `Conv1D` of transformers; a `MaskedLinear` brings its own mask.
             block_shape: (out, in) of one block.
             mask: weight-shaped bool, True where kept, or a `BitMask`: blocks with a kept weight are kept, pruned
                 weights in them become 0. None: every block that is not all zeros is kept.
@@ -98,13 +100,13 @@ class BlockSparseLinear(nn.Module):
         if mask is None and isinstance(linear, MaskedLinear):
             mask = linear.bit_mask
         packed = BlockSparseMatrix.from_dense(pruned_weight(linear), _checked_shape(block_shape), mask)
-        layer = cls(
-            linear.in_features, linear.out_features, packed.block_shape, packed.values.shape[0], False, device="meta"
-        )
-        layer.values = nn.Parameter(packed.values, requires_grad=linear.weight.requires_grad)
+        out_features, in_features = packed.shape
+        layer = cls(in_features, out_features, packed.block_shape, packed.values.shape[0], False, device="meta")
+        layer.values = nn.Parameter(packed.values, requires_grad=matrix(linear).requires_grad)
         layer.crow_indices, layer.col_indices = packed.crow_indices, packed.col_indices
-        layer.bias = linear.bias
+        layer.bias = linear.bias  # type: ignore[assignment]
         layer._set_lists(packed.lists)
+        layer.transposed = is_conv1d(linear)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
@@ -207,6 +209,9 @@ class NarrowLinear(nn.Module):
         rows: (kept out,) int64, the outputs that are written; None: all.
         in_features: size of an input row.
         out_features: size of an output row.
+
+    Attributes:
+        transposed: whether it stands for a layer that stores its weight as (in, out), as the `Conv1D` of transformers.
     """
 
     columns: Tensor | None
@@ -222,26 +227,29 @@ class NarrowLinear(nn.Module):
         out_features: int,
     ) -> None:
         super().__init__()
+        self.transposed = False
         self.weight, self.bias = weight, bias
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("columns", columns)
         self.register_buffer("rows", rows)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> Self:
+    def from_linear(cls, linear: nn.Module) -> Self:
         """Drop the rows and columns of a dense layer that are all zero; the bias is shared."""
         weight = pruned_weight(linear)
+        out_features, in_features = weight.shape
         kept = weight != 0
         columns, rows = kept.any(0).nonzero()[:, 0], kept.any(1).nonzero()[:, 0]
-        narrow = nn.Parameter(weight[rows][:, columns].contiguous(), requires_grad=linear.weight.requires_grad)
+        narrow = nn.Parameter(weight[rows][:, columns].contiguous(), requires_grad=matrix(linear).requires_grad)
         layer = cls(
             narrow,
-            linear.bias,
-            columns if columns.numel() < linear.in_features else None,
-            rows if rows.numel() < linear.out_features else None,
-            linear.in_features,
-            linear.out_features,
+            linear.bias,  # type: ignore[arg-type]
+            columns if columns.numel() < in_features else None,
+            rows if rows.numel() < out_features else None,
+            in_features,
+            out_features,
         )
+        layer.transposed = is_conv1d(linear)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:

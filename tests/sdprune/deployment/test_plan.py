@@ -5,11 +5,18 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from sdp_kernels import BitMask
-from sdprune import BlockSparseLinear, MaskedLinear, SDPruneConfig, plan
+from sdprune import BlockSparseLinear, MaskedLinear, SDPruneConfig, export, plan
 from sdprune.deployment.plan import apply, sharing_copy
 from sdprune.deployment.plan_record import Candidate, LayerPlan, Plan
 from sdprune.deployment.sparse_linear import NarrowLinear
@@ -93,7 +100,7 @@ def test_what_wins_is_converted_and_logits_stay(pruned, batch, always):
     assert pruned.bert.embeddings is embeddings
     assert pruned.bert.pooler.dense is pooler
     torch.testing.assert_close(logits(pruned, batch), expected)
-    with pytest.raises(ValueError, match=r"layer 'bert.*' must be an nn.Linear .* got BlockSparseLinear"):
+    with pytest.raises(ValueError, match=r"layer 'bert.*' must be a linear layer .* got BlockSparseLinear"):
         apply(pruned, found)
 
 
@@ -172,14 +179,34 @@ def test_decoders_and_masked_layers(always):
     assert not any(isinstance(module, MaskedLinear) for module in llama.modules())
     torch.testing.assert_close(logits(llama, ids), expected)
 
+
+@pytest.mark.parametrize("form", ["8x16", "narrow"])
+def test_layers_that_store_their_weight_transposed(always, tmp_path, form):
+    ids = {"input_ids": torch.randint(2, 40, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
     config = GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=16, pad_token_id=0, num_labels=8)
-    gpt2 = GPT2ForSequenceClassification(config).eval()  # its layers are no nn.Linear, but its head is
+    gpt2 = prune_blocks(GPT2ForSequenceClassification(config).eval(), 0.5, (8, 16))
     with torch.no_grad():
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            gpt2.get_submodule(f"transformer.h.0.{name}").weight[:16] = 0  # the first 16 inputs
         gpt2.score.weight[:, :16] = 0
     expected = logits(gpt2, ids)
-    found = plan(gpt2, ids, block_shapes=((8, 8),))
-    assert found.choices == {"score": "8x8"}
-    torch.testing.assert_close(logits(apply(gpt2, found), ids), expected)
+    state = {name: value.clone() for name, value in gpt2.state_dict().items()}
+    always(form)
+    found = plan(gpt2, ids, block_shapes=((8, 16),))
+    assert {layer.name: layer.shape for layer in found.layers}["transformer.h.0.attn.c_attn"] == (96, 32)
+    assert list(found.choices.values()) == [form] * 5
+    apply(gpt2, found)
+    torch.testing.assert_close(logits(gpt2, ids), expected)
+    export(gpt2, tmp_path / "plain", "plain")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    export(again, tmp_path / "compact", "compact", plan=found)
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "compact", variant="compact")
+    kind = NarrowLinear if form == "narrow" else BlockSparseLinear
+    assert sum(isinstance(module, kind) for module in small.modules()) >= 3
+    torch.testing.assert_close(logits(small, ids), expected)
+    state_again = load_file(export(small, tmp_path / "again", "plain") / "model.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in state_again.items())
 
 
 class Twice(nn.Module):
@@ -252,7 +279,8 @@ def test_plans_of_other_models_are_refused(pruned, batch, model_factory, always)
     before = dict(other.named_modules())
     with pytest.raises(ValueError, match=r"keeps 100.0% of its weight as 8x8, but 25.0% when the plan was made"):
         apply(other, found)
-    with pytest.raises(ValueError, match=r"must be an nn.Linear with a weight of \(64, 32\), got \(48, 32\)"):
+    message = r"must be a linear layer with an \(out, in\) weight of \(64, 32\), got \(48, 32\)"
+    with pytest.raises(ValueError, match=message):
         apply(prune_blocks(model_factory(intermediate_size=48)), found)
     assert dict(other.named_modules()) == before
     with pytest.raises(ValueError, match=r"the model has no layer 'bert\.encoder"):
@@ -273,7 +301,7 @@ def test_arguments_are_checked(pruned, batch):
             plan(pruned, batch, block_shapes=(wrong,))
     with pytest.raises(ValueError, match=r"target_modules: 'nothing' matches no linear layer \("):
         plan(pruned, batch, target_modules="nothing")
-    with pytest.raises(ValueError, match=r"model ReLU has no nn\.Linear layer to plan for"):
+    with pytest.raises(ValueError, match=r"model ReLU has no linear layer to plan for"):
         plan(nn.ReLU(), {})
 
 
