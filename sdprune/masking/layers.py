@@ -73,6 +73,7 @@ class MaskedLinear(nn.Linear):
         score: one float32 for each weight or block, what a criterion that needs gradients has gathered so far, and
             `score_steps`, over how many steps; saved with the model. None without `gather_scores`.
         gathering: whether training passes measure how much the loss depends on each weight or block.
+        mask_missing: whether the state loaded last held no mask of this layer.
     """
 
     mask: Tensor
@@ -93,7 +94,7 @@ class MaskedLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.keep_pruned_values = keep_pruned_values
         self.block_shape = block_shape
-        self.gathering = self.hard_concrete = False
+        self.gathering = self.hard_concrete = self.mask_missing = False
         self._gate: Tensor | None = None
         self.register_buffer("score", None)
         self.register_buffer("score_steps", None)
@@ -242,6 +243,7 @@ class MaskedLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.mask_missing = f"{prefix}mask" not in state_dict
         mask = BitMask(self.mask, (self.out_features, self.in_features))
         if self.has_lists:  # they follow from the mask and are not saved
             kept = BitMask.from_bool(mask.to_bool(), block_shape=self.block_shape)

@@ -66,6 +66,8 @@ class SDPruneCallback(TrainerCallback):
         if not masked_layers(model) or self._structure is None:
             raise ValueError("the model has no masked layers; pass SDPruneCallback in callbacks=[...] of the Trainer")
         self._check_config(state)
+        if state.global_step:
+            _check_loaded(model)
         check_gradients_come_first(self.config, state.max_steps)
         self._check_sparsity(model, sparsity_before(self.config, state.max_steps, state.global_step), self._structure)
 
@@ -137,3 +139,14 @@ class SDPruneCallback(TrainerCallback):
             prune_step(kwargs["model"], self.config, self.config.target_sparsity, self._structure)
             for layer in masked_layers(kwargs["model"]).values():
                 layer.settle()
+
+
+def _check_loaded(model: nn.Module) -> None:
+    # The Trainer only warns of what it does not find, and goes on with weights that are none of the checkpoint's.
+    missing = [name for name, layer in masked_layers(model).items() if layer.mask_missing]
+    if missing:
+        raise ValueError(
+            f"the checkpoint has no mask of layer {missing[0]!r} ({len(missing)} such layers), and perhaps no weight: "
+            "it belongs to another model, or transformers saves this one under other names, which it does not undo "
+            "when a training goes on (https://github.com/huggingface/transformers/issues/48805); train without resuming"
+        )

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from sdprune import SDPruneCallback, SDPruneConfig
@@ -107,6 +108,21 @@ def test_checkpoints_of_another_configuration_or_other_masks_are_refused(
     resumed = make_trainer(model_factory(), args, dataset, tokenizer, config=replace(CONFIG, target_sparsity=0.3))
     with pytest.raises(ValueError, match=r"the masks have sparsity 0\.658\d where this configuration has 0\.2116"):
         resumed.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_whose_names_do_not_fit_is_refused_before_the_first_pruning_step(
+    model_factory, dataset_factory, tokenizer, arguments, tmp_path
+):
+    config = gradient_config(criterion="magnitude", start_ratio=0.5)  # no sparsity yet that would tell
+    args = arguments(save_strategy="steps", save_steps=2)
+    make_trainer(model_factory(), args, dataset_factory(64), tokenizer, config=config).train()
+    weights = tmp_path / "run" / "checkpoint-2" / "model.safetensors"
+    renamed = {name.replace("bert.encoder.layer.", "bert.layers."): value for name, value in load_file(weights).items()}
+    save_file(renamed, weights, metadata={"format": "pt"})
+    resumed = make_trainer(model_factory(), args, dataset_factory(64), tokenizer, config=config)
+    message = r"has no mask of layer 'bert\.encoder\.layer\.0\.attention\.self\.query' \(12 such layers\)"
+    with pytest.raises(ValueError, match=message):
+        resumed.train(resume_from_checkpoint=str(weights.parent))
 
 
 @pytest.mark.parametrize("restores", [False, True])
