@@ -93,14 +93,17 @@ def export(
         if format != "plain":
             dense.config.quantization_config = _tag(records).to_dict()
         with new_directory(Path(directory)) as folder:
-            dense.save_pretrained(folder, max_shard_size=max_shard_size)
+            # some architectures were once saved under other names: older tools know those, but the tag names the layers
+            # of the model
+            names: Any = {"save_original_format": format == "plain"}
+            dense.save_pretrained(folder, max_shard_size=max_shard_size, **names)
             if format != "plain":
                 rest = digest_of_rest(WeightFiles.of(folder), records)
                 dense.config.quantization_config |= {"rest_sha256": rest}
                 dense.config.save_pretrained(folder)
             if format == "compact":
                 store(dense, records)
-                dense.save_pretrained(folder, variant=VARIANT, max_shard_size=max_shard_size)
+                dense.save_pretrained(folder, variant=VARIANT, max_shard_size=max_shard_size, **names)
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
     return Path(directory)

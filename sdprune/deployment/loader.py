@@ -102,6 +102,7 @@ class SDPruneQuantizer(HfQuantizer):
         records = self.quantization_config.records
         dense = dense_copy(model)
         self.quantization_config.take(renewed(dense, records))
+        model._weight_conversions = []  # the records name the layers of the model, so the file must too
         return dense.state_dict(), {}
 
 
