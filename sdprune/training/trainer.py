@@ -286,6 +286,16 @@ class SDPruneTrainer(Trainer):
             return super()._get_eval_sampler(eval_dataset)
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Some models are saved under the names that they once had, which a training that goes on does not undo.
+        saved: Any = self.accelerator.unwrap_model(self.model)
+        conversions = getattr(saved, "_weight_conversions", None)
+        saved._weight_conversions = []
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            saved._weight_conversions = conversions
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.sdprune_config.queue_size or self.sdprune_config.gradient_ratio is not None:

@@ -143,3 +143,32 @@ def test_an_image_classifier(arguments, tmp_path):
     assert {layer.name for layer in found.layers} == set(result.sparsity.layers)
     assert all({DENSE, "8x8"} <= set(layer.candidates) for layer in found.layers)
     assert {layer.tokens for layer in found.layers} == {2 * 5}  # four patches and the class token of two images
+
+
+class InterruptAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_model_that_is_saved_under_former_names_resumes(arguments, tmp_path):
+    """transformers writes `vit.layers.0.attention.q_proj` as `vit.encoder.layer.0.attention.attention.query`."""
+    config = SDPruneConfig(**PRUNING, start_ratio=0.2, end_ratio=0.7, distillation="kl")
+    images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    rows = [{"pixel_values": image, "labels": int(image.mean() > 0)} for image in images]
+
+    def run(name, callbacks=(), resume=None):
+        torch.manual_seed(0)
+        model = AutoModelForImageClassification.from_config(ViTConfig(**VIT, image_size=16, patch_size=8))
+        saving = {"save_strategy": "steps", "save_steps": 4, "resume_from_checkpoint": resume}
+        args = arguments(output_dir=str(tmp_path / name), **saving)
+        return prune(model, config, rows, args=args, callbacks=callbacks).model.state_dict()
+
+    expected = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", [InterruptAt(5)])
+    found = run("parts", [Watch(lambda model: None)], resume="latest")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
