@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdp_kernels import BitMask, BlockSparseMatrix
+from sdp_kernels import BitMask, BlockSparseMatrix, block_sparse_linear
 
 # torch calls its BSR layout a beta.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta:UserWarning")
@@ -147,6 +147,17 @@ def test_moves_between_dtypes_and_devices() -> None:
     assert meta.values.dtype == torch.float64
     with pytest.raises(ValueError, match=r"dtype must be a floating-point dtype, got torch.int8"):
         matrix.to(torch.int8)
+
+
+def test_is_an_argument_of_an_exported_program() -> None:
+    class Product(torch.nn.Module):
+        def forward(self, rows: Tensor, matrix: BlockSparseMatrix) -> Tensor:
+            return block_sparse_linear(rows, matrix)
+
+    weight, rows = torch.randn(32, 48), torch.randn(3, 48)
+    matrix = BlockSparseMatrix.from_dense(weight, (16, 16))
+    exported = torch.export.export(Product(), (rows, matrix)).module()
+    torch.testing.assert_close(exported(rows, matrix), rows @ weight.T, rtol=1e-5, atol=1e-4)
 
 
 def test_is_a_pytree_of_its_tensors() -> None:
