@@ -94,8 +94,7 @@ def prune(
         The pruned model, its teacher, its scores and its sparsity.
 
     Raises:
-        ValueError: the configuration does not fit the model or the training, or `output_dir` holds another run;
-            nothing is written.
+        ValueError: the configuration does not fit the model or the training, or `output_dir` holds another run.
         TrainingInterrupted: Ctrl-C; the step was finished and a checkpoint saved.
     """
     if args is None:
@@ -104,11 +103,7 @@ def prune(
     bar, interrupt = ProgressBar("pruning" if config.target_sparsity else "training"), FinishStepOnInterrupt()
     origin = run_origin(model, teacher_model, train_dataset, args)
     resume = _claim(directory, config, origin, args)
-    housekeeping = [
-        MarkComplete({"config": config.to_dict()} | origin),
-        RunFolder(directory, config, origin),
-        interrupt,
-    ]
+    watchers = [MarkComplete({"config": config.to_dict()} | origin), RunFolder(directory, config, origin), interrupt]
     with no_empty_folder(directory):
         trainer = SDPruneTrainer(
             model,
@@ -120,7 +115,7 @@ def prune(
             processing_class=processing_class,
             data_collator=data_collator,
             compute_metrics=compute_metrics,
-            callbacks=[SDPruneCallback(config), *(callbacks or ()), *housekeeping],
+            callbacks=[SDPruneCallback(config), *(callbacks or ()), *watchers],
         )
         if config.diagnostics_steps is not None:
             trainer.add_callback(Diagnostics(trainer))
