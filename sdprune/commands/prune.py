@@ -64,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
         if "model" not in values:
             raise ValueError("--model is missing: name a folder or a hub id")
     metrics = run_recipe(Recipe.from_dict(values), output, resume=options.resume is not None)
+    if not metrics:
+        return 0  # another process prints
     print_table(metrics)
     print(f"\nThe model is in {output / 'model'}; look at {output / 'report.html'}")
     return 0

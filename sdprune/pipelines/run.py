@@ -14,6 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from sdprune.analysis.report import RunRecord, write_report
@@ -24,7 +27,7 @@ from sdprune.masking.pruner import Sparsity
 from sdprune.masking.schedule import pruning_moments
 from sdprune.pipelines.assess import assess, method_name, take_snapshot
 from sdprune.pipelines.card import card_of
-from sdprune.pipelines.outcomes import carry_out
+from sdprune.pipelines.outcomes import Outcome, carry_out
 from sdprune.pipelines.self_distilled import PruneResult, prune
 from sdprune.pipelines.stages import SETTINGS_NAME
 from sdprune.pipelines.workbench import Workbench, load_workbench
@@ -44,11 +47,14 @@ class _SaveRecipe(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.recipe.save(self.path)
+        if state.is_world_process_zero:
+            self.recipe.save(self.path)
 
 
 def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | None = None) -> dict[str, Any]:
     """Carry out a recipe and return what `metrics.json` holds.
+
+    Processes that `torchrun` or `accelerate launch` started train together; the first one alone tests and writes.
 
     Args:
         recipe: model, data, training and pruning.
@@ -56,16 +62,21 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
         resume: go on from the newest whole checkpoint.
         cache: where fetched samples are kept; None: the user's cache folder.
 
+    Returns:
+        The scores; of several processes, the first one gets them and the others an empty mapping.
+
     Raises:
         ValueError: wrong input; nothing is written.
         TrainingInterrupted: Ctrl-C; a checkpoint was saved.
     """
+    processes = PartialState(cpu=not torch.accelerator.is_available())
     if (output / SCORES_NAME).exists() and resume:
         raise ValueError(f"the run in {str(output)!r} is finished; its scores are in {SCORES_NAME}")
     if not resume:
         check_free(output)
     # killed before its first step: it begins again
     resume = resume and ((output / CONFIG_NAME).exists() or (output / SETTINGS_NAME).exists())
+    processes.wait_for_everyone()  # or one would write what another takes for an earlier run
     set_seed(recipe.pruning.seed)  # a head that the model lacks is made at random
     workbench = load_workbench(recipe.model, recipe.data, cache, recipe.training.per_device_eval_batch_size)
     config, classifier = recipe.pruning, workbench.classifier
@@ -74,11 +85,25 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
             f"model {recipe.model!r} has no trained classification head; fine-tune it first with "
             "--target-sparsity 0 --distillation none, then prune the model/ folder which that leaves"
         )
-    # what was measured once holds for the whole run, also after an interruption
-    recipe = replace(recipe, training=settled(recipe.training))
-    dense_scores = workbench.score(workbench.predict_test(classifier.model, "testing the dense model"))
+    # what was measured once holds for the whole run, also after an interruption, and for every process
+    (training,) = broadcast_object_list([settled(recipe.training)])
+    recipe = replace(recipe, training=training)
+    dense_scores = {}
+    if processes.is_main_process:
+        dense_scores = workbench.score(workbench.predict_test(classifier.model, "testing the dense model"))
     callbacks = [_SaveRecipe(recipe, output / RECIPE_NAME)]
     outcomes = carry_out(workbench, recipe, output, callbacks, resume=resume)
+    metrics = {}
+    if processes.is_main_process:
+        metrics = _write_results(outcomes, recipe, workbench, dense_scores, output)
+    processes.wait_for_everyone()
+    return metrics
+
+
+def _write_results(
+    outcomes: list[Outcome], recipe: Recipe, workbench: Workbench, dense_scores: dict[str, float], output: Path
+) -> dict[str, Any]:
+    """Export and test what came out, and write the models, their cards, the scores and the report."""
     dense = workbench.renewed().classifier.model
     rows, records = [], []
     for outcome in outcomes:
@@ -87,11 +112,12 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted after its training
         snapshot = take_snapshot(outcome.model, outcome.config, folder, workbench)
         (assessment,) = assess([snapshot], dense, workbench)
-        name = outcome.name or method_name(config)
+        name = outcome.name or method_name(recipe.pruning)
         rows.append(assessment.row | {"method": name} | _int8_scores(outcome.int8, workbench))
         write_model_card(folder, card_of(recipe, workbench, rows[-1], dense_scores))
         records.append(read_record(name, outcome.folder, outcome.config, snapshot.sparsity))
-    metrics = {"dense": dense_scores, "trained_head": classifier.trained_head, "baselines": {}, "runs": rows}
+    trained_head = workbench.classifier.trained_head
+    metrics = {"dense": dense_scores, "trained_head": trained_head, "baselines": {}, "runs": rows}
     if workbench.task.zero_shot:
         metrics["dense_languages"] = workbench.score_languages(dense)
     write_text(output / SCORES_NAME, json.dumps(metrics, indent=2) + "\n")

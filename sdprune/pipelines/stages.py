@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import wait_for_everyone
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -125,9 +126,11 @@ class Stages:
         result = prune(
             model, config, train_dataset, eval_dataset, args=own, callbacks=[*(callbacks or ()), claim], **options
         )
-        shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was killed before its marker
-        export(result.model, folder / "model", config=config, processing_class=options.get("processing_class"))
-        write_text(folder / MARKER, json.dumps(result.metrics, indent=2) + "\n")
+        if args.should_save:
+            shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was killed before its marker
+            export(result.model, folder / "model", config=config, processing_class=options.get("processing_class"))
+            write_text(folder / MARKER, json.dumps(result.metrics, indent=2) + "\n")
+        wait_for_everyone()
         return StageResult(result.model, result.metrics, folder)
 
 
