@@ -68,7 +68,8 @@ def test_an_unfinished_run(interrupted, tmp_path, criterion, structure):
 
 def test_a_checkpoint_whose_configuration_is_missing(interrupted, tmp_path):
     interrupted(SDPruneConfig(criterion="movement", **SCHEDULE))
-    (tmp_path / "run" / "sdprune_config.json").unlink()
+    for folder in ("run", "run/checkpoint-5"):
+        (tmp_path / folder / "sdprune_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"sdprune_config\.json is missing, which tells what the scores are"):
         export_folder(tmp_path / "run" / "checkpoint-5", tmp_path / "model")
     assert not (tmp_path / "model").exists()
