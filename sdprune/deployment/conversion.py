@@ -127,6 +127,8 @@ def find_records(
         else:
             structure, block_shape = choose(weight, (), narrow=False)
         if structure:
+            if bool(weight.isnan().any()):
+                raise ValueError(f"layer {name!r} has NaN among its weights; a training that diverged left them")
             tensors = pack(weight, structure, block_shape)
             shape = (weight.shape[0], weight.shape[1])
             records[name] = make_record(tensors, structure, shape, transposed=is_conv1d(module))

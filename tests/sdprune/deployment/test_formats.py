@@ -74,6 +74,17 @@ def test_sizes_on_disk(structure, most, dtype, tmp_path):
     assert sizes["model.compact.safetensors"] <= most * sizes["model.safetensors"]
 
 
+def test_weights_that_are_nan(sparse, tmp_path):
+    model, structures = sparse
+    name = next(iter(structures))
+    with torch.no_grad():
+        weight = model.get_parameter(f"{name}.weight")
+        weight[tuple(weight.nonzero()[0])] = torch.nan
+    with pytest.raises(ValueError, match=f"layer '{name}' has NaN among its weights"):
+        export(model, tmp_path / "model", format="compact")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_and_types_in_the_compact_file(sparse, tmp_path):
     model, structures = sparse
     folder = export(model, tmp_path / "model", "compact")
