@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from sdprune.config import SDPruneConfig
 from sdprune.deployment.export import plain_copy
+from sdprune.deployment.model_config import read_config
 from sdprune.deployment.plan import BLOCK_SHAPES, apply, plan, shape_name, sharing_copy
 from sdprune.deployment.plan_record import Plan
 from sdprune.deployment.timing import device_name, measure, peak_mib
@@ -105,7 +106,7 @@ def load_model(folder: str | None, config: str | None) -> Any:
     Raises:
         ValueError: not exactly one of both is given, or it is no such folder, file or name.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
     if (folder is None) == (config is None):
         raise ValueError("give either MODEL_DIR or --config, and not both")
@@ -115,7 +116,7 @@ def load_model(folder: str | None, config: str | None) -> Any:
     path = Path(str(folder))
     if not (path / "config.json").exists() or not list(path.glob("*.safetensors")):
         raise ValueError(f"MODEL_DIR must be a folder with config.json and *.safetensors, got {str(folder)!r}")
-    architectures = AutoConfig.from_pretrained(path).architectures or ()
+    architectures = read_config(path).architectures or ()
     classifies = any("ForSequenceClassification" in name for name in architectures)
     kind: Any = AutoModelForSequenceClassification if classifies else AutoModel
     return plain_copy(kind.from_pretrained(path, dtype=torch.float32)).eval()  # the layers are planned from their zeros
@@ -129,7 +130,7 @@ def _configuration(name: str) -> Any:
         return AutoConfig.for_model(kind, **changes)
     if not Path(name).exists():
         raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, a config.json or its folder, got {name!r}")
-    return AutoConfig.from_pretrained(name)
+    return read_config(name)
 
 
 @torch.no_grad()

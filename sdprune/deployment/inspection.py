@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sdprune.deployment.model_config import read_config
 from sdprune.deployment.quantization_config import SDPruneQuantizationConfig
 from sdprune.deployment.storage import LayerRecord, unpack, verify
 from sdprune.deployment.weight_files import WeightFiles
@@ -163,11 +164,11 @@ def _skeleton(folder: Path, config: dict[str, Any]) -> nn.Module | None:
     """Return the model without memory for its weights, or None if its class is not part of transformers."""
     import transformers
 
-    names = config.get("architectures") or [None]
-    kind = getattr(transformers, str(names[0]), None)
+    names = config.get("architectures")
+    kind = getattr(transformers, str(names[0]), None) if names and isinstance(names, list) else None
     if kind is None or "auto_map" in config:
         return None
-    settings = transformers.AutoConfig.from_pretrained(folder)
+    settings = read_config(folder)
     with torch.device("meta"):
         model: nn.Module = kind(settings)
     return model

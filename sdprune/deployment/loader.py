@@ -30,6 +30,7 @@ from sdprune.deployment.conversion import (
     pack_layer,
     renewed,
 )
+from sdprune.deployment.model_config import read_config
 from sdprune.deployment.plan import BLOCK_SHAPES
 from sdprune.deployment.quantization_config import METHOD, SDPruneQuantizationConfig
 from sdprune.deployment.sparse_linear import pruned_weight
@@ -240,7 +241,6 @@ def load(
         FileNotFoundError: a file is missing.
         TypeError: `dtype` is no torch.dtype.
     """
-    import transformers
 
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype such as torch.float16, or None, got {dtype!r}")
@@ -248,7 +248,7 @@ def load(
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'} is missing")
     files = WeightFiles.of(folder, variant)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     values = getattr(config, "quantization_config", None) or {"quant_method": METHOD}
     storage = SDPruneQuantizationConfig(**values)
     if auto_class is None:
@@ -304,11 +304,10 @@ def _convert(model: Any, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(torch.float32 if any(f".{part}." in f".{name}." for part in wide) else dtype)
 
 
-def _exported_class(architectures: Any, file: Path) -> Any:
+def _exported_class(architectures: list[str] | None, file: Path) -> Any:
     import transformers
 
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    made = getattr(transformers, name, None) if isinstance(name, str) else None
+    made = getattr(transformers, architectures[0], None) if architectures else None
     if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
         raise ValueError(f"{file}: architectures must name a model class of transformers, got {architectures!r}")
     return made

@@ -11,6 +11,7 @@ from torch import nn
 
 from sdprune.data.tasks import Task
 from sdprune.deployment.export import plain_copy
+from sdprune.deployment.model_config import read_config
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ def load_classifier(name: str, task: Task) -> Classifier:
         ValueError: the folder has no config.json or no weights, or the model has other classes than the task.
         OSError: neither a folder nor reachable on the hub.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     check_model_folder(name)
     head = "ForTokenClassification" if task.tagged else "ForSequenceClassification"
     auto_class = AutoModelForTokenClassification if task.tagged else AutoModelForSequenceClassification
     classes = max(len(task.label_names), 1)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = read_config(name)
         tokenizer = _load_tokenizer(name, task)
         trained_head = any(head in kind for kind in config.architectures or ())
         if not trained_head:
