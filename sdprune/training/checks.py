@@ -14,6 +14,9 @@ from sdprune.masking.linears import is_linear, matrix
 from sdprune.masking.swap import masked_layers
 
 
+_ONE_CLASS = "single_label_classification"
+
+
 def check_objectives(model: nn.Module, config: SDPruneConfig, who: str = "the model", *, masked: bool = True) -> None:
     """Raise ValueError if an objective of `config` does not fit the model.
 
@@ -102,6 +105,26 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SDPruneConfig)
 def _label_names(model: nn.Module) -> list[str]:
     names: Mapping[Any, Any] = getattr(getattr(model, "config", None), "id2label", None) or {}
     return [str(names[key]).casefold() for key in sorted(names, key=int)]
+
+
+def check_classes(model: nn.Module, labels: Iterable[Any], where: str) -> None:
+    """Raise ValueError if a label names a class that a classifier does not have.
+
+    Args:
+        model: only one that tells one class of several is looked at; of rows or of their words.
+        labels: of rows, or lists of those of their words, where -100 stands for none; floating-point ones are numbers.
+        where: what holds them, for the message.
+    """
+    config = getattr(model, "config", None)
+    classes = getattr(config, "num_labels", None) or 1
+    if classes == 1 or generates(model) or getattr(config, "problem_type", None) not in (None, _ONE_CLASS):
+        return
+    found = {label for item in labels for label in (item if isinstance(item, list) else [item])}
+    unknown = sorted(label for label in found if isinstance(label, int) and label != -100 and not 0 <= label < classes)
+    if unknown:
+        raise ValueError(
+            f"{where} must lie in [0, {classes - 1}] for the model with its {classes} classes, got {unknown}"
+        )
 
 
 def check_labels(row: Mapping[str, Any], label_names: Iterable[str], config: SDPruneConfig) -> None:

@@ -29,7 +29,7 @@ from sdprune.distillation.steering import gradient_norm, steered_weight
 from sdprune.distillation.teacher import Teacher
 from sdprune.masking.pruner import masked_fraction
 from sdprune.masking.schedule import lr_factor
-from sdprune.training.checks import check_labels, check_objectives, check_teacher
+from sdprune.training.checks import check_classes, check_labels, check_objectives, check_teacher
 
 STATE_NAME = "sdprune_distillation_{}.safetensors"  # each rank has its queue
 
@@ -90,7 +90,12 @@ class SDPruneTrainer(Trainer):
         if dataset is None or not hasattr(dataset, "__getitem__") or not len(dataset):
             return  # a stream cannot be looked into without losing what was seen
         row = dataset[0]
-        if any(name in row for name in self.label_names):
+        name = next((name for name in (*self.label_names, "label") if name in row), None)
+        if name is not None:
+            # a table gives a column without its rows; of other data sets only the first row is looked at
+            labels = dataset[name] if name in getattr(dataset, "column_names", ()) else [row[name]]
+            check_classes(cast(nn.Module, self.model), labels, f"train_dataset: column {name!r}")
+        if name in self.label_names:
             return
         with torch.random.fork_rng(devices=[]):  # a collator may mask tokens at random
             collate = self._get_collator_with_removed_columns(self.data_collator)

@@ -10,6 +10,7 @@ from sdprune.cli import main
 from sdprune.data.examples import EncodedExamples
 from sdprune.pipelines.workbench import load_workbench
 from sdprune.recipe import DataConfig
+from sdprune.training.checks import check_classes
 
 FAST = {"max_steps": 8, "per_device_train_batch_size": 8}
 PRUNING = {"target_sparsity": 0.5, "pruning_steps": 4}
@@ -94,6 +95,29 @@ def test_data_without_labels(refused, dataset_factory):
 
     rows = dataset_factory(40)
     refused("the task loss needs labels, .* give only .*input_ids", dataset=Unlabelled(rows.columns, rows.labels))
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_classes_that_the_model_lacks(refused, dataset_factory, column):
+    import datasets
+
+    rows = dataset_factory(40)
+    labels = [*rows.labels[:38], 2, -1]
+    table = datasets.Dataset.from_dict({**rows.columns, column: labels})
+    refused(
+        rf"train_dataset: column '{column}' must lie in \[0, 1\] for the model with its 2 classes, got \[-1, 2\]",
+        dataset=table,
+    )
+
+
+def test_classes_of_words_and_numbers_to_predict(model_factory):
+    model = model_factory()
+    check_classes(model, [[-100, 0, 1], [1]], "rows")  # -100: a word without a label
+    check_classes(model, [0.5, 7.0], "rows")
+    with pytest.raises(ValueError, match=r"rows must lie in \[0, 1\] for the model with its 2 classes, got \[3\]"):
+        check_classes(model, [[-100, 0, 1], [3]], "rows")
+    model.config.problem_type = "regression"
+    check_classes(model, [7, 8], "rows")
 
 
 def test_caches_of_others(refused, tmp_path, model_factory, dataset_factory, tokenizer, arguments):
