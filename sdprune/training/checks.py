@@ -13,7 +13,6 @@ from sdprune.distillation.objectives import feature_names, needs, term_features
 from sdprune.masking.linears import is_linear, matrix
 from sdprune.masking.swap import masked_layers
 
-
 _ONE_CLASS = "single_label_classification"
 
 
