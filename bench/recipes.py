@@ -37,6 +37,7 @@ SPARSITY = 0.7
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # row -> recipe, and what differs from it
     "dense, same steps": ("sdp-cc", {"target_sparsity": 0.0, "distillation": None}),
     "no teacher": ("sdp-cc", {"distillation": None}),
+    "sdp-cc, teacher target": ("sdp-cc", {"correlation_target": "teacher", "distillation_weight": 5.0}),  # as the demo
     "prune-then-distill, from largest": ("prune-then-distill", {"student_initialization": "largest"}),
 }
 NAMES = (*VARIANTS, *recipe_names())
@@ -231,5 +232,5 @@ def draw(rows: Sequence[Row]) -> Figure:
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel(f"accuracy on {dense['test_rows']} test rows, with its standard error; {SPARSITY:.0%} sparsity")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
     return figure
