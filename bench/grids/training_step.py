@@ -1,4 +1,7 @@
-"""A training step, forward, backward and update, of a stack of linear layers, as density falls."""
+"""A training step, forward, backward and update, of a stack of linear layers, as density falls.
+
+The activation is smooth: at a kink, rounding would decide which of two gradients is right.
+"""
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -44,7 +47,7 @@ def loss_of(layer: Layer, input: Tensor, weights: list[Tensor], biases: list[Ten
     """The mean square of what comes out of the stack."""
     output = input
     for weight, bias, mask in zip(weights, biases, masks, strict=True):
-        output = F.relu(layer(output, weight, mask, bias))
+        output = F.gelu(layer(output, weight, mask, bias))
     return output.float().square().mean()
 
 
@@ -59,7 +62,7 @@ def reference(input: Tensor, weights: list[Tensor], biases: list[Tensor], masks:
     dense = [mask.to_bool().to(weight.dtype) for mask, weight in zip(masks, weights, strict=True)]
     output = input
     for weight, bias, mask in zip(weights, [first, *biases[1:]], dense, strict=True):
-        output = F.relu(multiplied(output, weight, mask, bias))
+        output = F.gelu(multiplied(output, weight, mask, bias))
     return torch.autograd.grad(output.square().mean(), first)[0]
 
 
