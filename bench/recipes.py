@@ -115,6 +115,8 @@ def _heading(rows: Sequence[Row]) -> str:
 - Every recipe has the same few optimizer steps (`{FULL.training.max_steps}`, a stage; recipes of several stages train
   that long in each) and keeps its own learning rate, criterion, scope and schedule. It was made for ten times as many:
   this table shows that each recipe runs and what a short run gives, not which method is best.
+- Movement and soft movement rank by how training moves each weight. The model is already trained here: the scores of so
+  few steps are mostly noise. Published runs have tens of thousands of steps.
 - "linear weights left" counts the layers that are pruned, against those of the dense model: a student of
   prune-then-distill is dense and narrower.
 - Separability is trace(S_between) / trace(S_within), signal-to-noise the teacher's power over that of the difference,
