@@ -30,7 +30,7 @@ from sdprune.deployment.conversion import (
     pack_layer,
     renewed,
 )
-from sdprune.deployment.model_config import read_config
+from sdprune.deployment.model_config import exported_class, read_config
 from sdprune.deployment.plan import BLOCK_SHAPES
 from sdprune.deployment.quantization_config import METHOD, SDPruneQuantizationConfig
 from sdprune.deployment.sparse_linear import pruned_weight
@@ -241,7 +241,6 @@ def load(
         FileNotFoundError: a file is missing.
         TypeError: `dtype` is no torch.dtype.
     """
-
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype such as torch.float16, or None, got {dtype!r}")
     folder = Path(directory)
@@ -252,7 +251,7 @@ def load(
     values = getattr(config, "quantization_config", None) or {"quant_method": METHOD}
     storage = SDPruneQuantizationConfig(**values)
     if auto_class is None:
-        model = _exported_class(config.architectures, folder / "config.json")._from_config(config)
+        model = exported_class(folder, config)._from_config(config)
     else:
         model = auto_class.from_config(config)
     stored = prepare(model, storage.records, files, storage.rest_sha256)
@@ -302,15 +301,6 @@ def _convert(model: Any, dtype: torch.dtype) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in loaded and tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if any(f".{part}." in f".{name}." for part in wide) else dtype)
-
-
-def _exported_class(architectures: list[str] | None, file: Path) -> Any:
-    import transformers
-
-    made = getattr(transformers, architectures[0], None) if architectures else None
-    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
-        raise ValueError(f"{file}: architectures must name a model class of transformers, got {architectures!r}")
-    return made
 
 
 def _key_in(own: Mapping[str, Any], name: str, prefix: str) -> str | None:

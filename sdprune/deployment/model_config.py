@@ -17,17 +17,35 @@ def read_config(name: str | Path) -> Any:
         OSError: there is no such file.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     file = Path(name) / "config.json" if Path(name).is_dir() else name
+    # looked at before the configuration is made: only some releases of transformers check it, in their own words
+    architectures = PreTrainedConfig.get_config_dict(name)[0].get("architectures")
+    if not (architectures is None or _is_list_of_strings(architectures)):
+        raise ValueError(_no_model_class(file, architectures))
     try:
-        config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except StrictDataclassError as error:  # no ValueError of its own
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
-    architectures = config.architectures
-    if not (architectures is None or _is_list_of_strings(architectures)):  # newer transformers no longer look at it
-        raise ValueError(f"{file}: architectures must be a list of class names, got {architectures!r}")
-    return config
+
+
+def exported_class(folder: Path, config: Any) -> Any:
+    """Return the class of the model in a folder, by its configuration.
+
+    Raises:
+        ValueError: it names no model class of transformers.
+    """
+    import transformers
+
+    made = getattr(transformers, config.architectures[0], None) if config.architectures else None
+    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+        raise ValueError(_no_model_class(folder / "config.json", config.architectures))
+    return made
+
+
+def _no_model_class(file: str | Path, architectures: Any) -> str:
+    return f"{file}: architectures must name a model class of transformers, got {architectures!r}"
 
 
 def _is_list_of_strings(value: Any) -> bool:

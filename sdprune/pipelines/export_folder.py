@@ -12,7 +12,7 @@ from torch import Tensor
 from sdp_kernels import BitMask
 from sdprune.config import CONFIG_NAME, SDPruneConfig
 from sdprune.deployment.export import export
-from sdprune.deployment.model_config import read_config
+from sdprune.deployment.model_config import exported_class, read_config
 from sdprune.deployment.onnx_export import export_onnx
 from sdprune.deployment.weight_files import WeightFiles
 from sdprune.masking.linears import matrix
@@ -44,11 +44,7 @@ def export_folder(source: Path, output: Path, format: str | None = None) -> Path
     finished = source / "model"
     folder = finished if (finished / "config.json").is_file() else next(reversed(checkpoints(source)), source)
     check_model_folder(str(folder))
-    architecture = (read_config(folder).architectures or ["none"])[0]
-    kind: Any = getattr(transformers, architecture, None)
-    if kind is None:
-        text = f"{folder / 'config.json'}: architectures must name a class of transformers, got {architecture!r}"
-        raise ValueError(text)
+    kind = exported_class(folder, read_config(folder))
     model = kind.from_pretrained(folder, dtype=torch.float32 if format == "onnx" else "auto")
     run = next((path for path in (source, folder.parent) if (path / CONFIG_NAME).exists()), None)
     config = SDPruneConfig.from_pretrained(run) if run else None

@@ -170,7 +170,7 @@ def test_a_tensor_under_another_name(folder, load, variant, digest):
 def test_architectures_that_are_no_model(folder, named):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": named}))
-    with pytest.raises(ValueError, match=r"config\.json: .*architectures"):
+    with pytest.raises(ValueError, match=r"config\.json: architectures must name a model class of transformers, got "):
         sdprune.load(folder)
 
 
