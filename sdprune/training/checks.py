@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -12,8 +12,6 @@ from sdprune.distillation.features import body_of
 from sdprune.distillation.objectives import feature_names, needs, term_features
 from sdprune.masking.linears import is_linear, matrix
 from sdprune.masking.swap import masked_layers
-
-_ONE_CLASS = "single_label_classification"
 
 
 def check_objectives(model: nn.Module, config: SDPruneConfig, who: str = "the model", *, masked: bool = True) -> None:
@@ -111,19 +109,32 @@ def check_classes(model: nn.Module, labels: Iterable[Any], where: str) -> None:
 
     Args:
         model: only one that tells one class of several is looked at; of rows or of their words.
-        labels: of rows, or lists of those of their words, where -100 stands for none; floating-point ones are numbers.
+        labels: of rows, or lists of those of their words, where -100 stands for none; floating-point ones are numbers;
+            tensors and arrays as well.
         where: what holds them, for the message.
     """
     config = getattr(model, "config", None)
     classes = getattr(config, "num_labels", None) or 1
-    if classes == 1 or generates(model) or getattr(config, "problem_type", None) not in (None, _ONE_CLASS):
+    kind = getattr(config, "problem_type", None) or "single_label_classification"
+    if classes == 1 or generates(model) or kind != "single_label_classification":
         return
-    found = {label for item in labels for label in (item if isinstance(item, list) else [item])}
+    plain = (item.tolist() if hasattr(item, "tolist") else item for item in labels)
+    found = {label for item in plain for label in (item if isinstance(item, list) else [item])}
     unknown = sorted(label for label in found if isinstance(label, int) and label != -100 and not 0 <= label < classes)
     if unknown:
         raise ValueError(
             f"{where} must lie in [0, {classes - 1}] for the model with its {classes} classes, got {unknown}"
         )
+
+
+def labels_of(dataset: Any, row: Mapping[str, Any], name: str) -> Iterable[Any]:
+    """Return every label in a column of a table of `datasets`, once; of other data sets that of `row` alone."""
+    if not hasattr(dataset, "select_columns") or name not in dataset.column_names:
+        return [row[name]]
+    column = dataset.select_columns(name).with_format("arrow")[:][name].combine_chunks()  # rows would take seconds
+    if hasattr(column, "flatten"):  # labels of words
+        column = column.flatten()
+    return cast(Iterable[Any], column.unique().to_pylist())
 
 
 def check_labels(row: Mapping[str, Any], label_names: Iterable[str], config: SDPruneConfig) -> None:

@@ -29,7 +29,7 @@ from sdprune.distillation.steering import gradient_norm, steered_weight
 from sdprune.distillation.teacher import Teacher
 from sdprune.masking.pruner import masked_fraction
 from sdprune.masking.schedule import lr_factor
-from sdprune.training.checks import check_classes, check_labels, check_objectives, check_teacher
+from sdprune.training.checks import check_classes, check_labels, check_objectives, check_teacher, labels_of
 
 STATE_NAME = "sdprune_distillation_{}.safetensors"  # each rank has its queue
 
@@ -92,8 +92,7 @@ class SDPruneTrainer(Trainer):
         row = dataset[0]
         name = next((name for name in (*self.label_names, "label") if name in row), None)
         if name is not None:
-            # a table gives a column without its rows; of other data sets only the first row is looked at
-            labels = dataset[name] if name in getattr(dataset, "column_names", ()) else [row[name]]
+            labels = labels_of(dataset, row, name)
             check_classes(cast(nn.Module, self.model), labels, f"train_dataset: column {name!r}")
         if name in self.label_names:
             return

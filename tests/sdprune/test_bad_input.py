@@ -4,13 +4,14 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from sdprune import SDPruneConfig, prune
 from sdprune.cli import main
 from sdprune.data.examples import EncodedExamples
 from sdprune.pipelines.workbench import load_workbench
 from sdprune.recipe import DataConfig
-from sdprune.training.checks import check_classes
+from sdprune.training.checks import check_classes, labels_of
 
 FAST = {"max_steps": 8, "per_device_train_batch_size": 8}
 PRUNING = {"target_sparsity": 0.5, "pruning_steps": 4}
@@ -116,8 +117,22 @@ def test_classes_of_words_and_numbers_to_predict(model_factory):
     check_classes(model, [0.5, 7.0], "rows")
     with pytest.raises(ValueError, match=r"rows must lie in \[0, 1\] for the model with its 2 classes, got \[3\]"):
         check_classes(model, [[-100, 0, 1], [3]], "rows")
+    with pytest.raises(ValueError, match=r"got \[2\]"):
+        check_classes(model, [torch.tensor([-100, 2]), torch.tensor(1)], "rows")
     model.config.problem_type = "regression"
     check_classes(model, [7, 8], "rows")
+
+
+@pytest.mark.parametrize("format", [None, "torch", "numpy"])
+def test_labels_of_a_table(format):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"label": [0, 7, 1, 1], "labels": [[0, -100], [1], [], [2]]}).with_format(format)
+    assert sorted(labels_of(table, table[0], "label")) == [0, 1, 7]
+    assert sorted(labels_of(table, table[0], "labels")) == [-100, 0, 1, 2]
+    some = table.select([0, 3])  # what was left out is not looked at
+    assert sorted(labels_of(some, some[0], "label")) == [0, 1]
+    assert list(labels_of([{"labels": 5}, {"labels": 6}], {"labels": 5}, "labels")) == [5]
 
 
 def test_caches_of_others(refused, tmp_path, model_factory, dataset_factory, tokenizer, arguments):
