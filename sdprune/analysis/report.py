@@ -218,7 +218,8 @@ def _score_over_steps(runs: Sequence[RunRecord], score: str, colors: Mapping[str
         axes.plot(values.index, values, color=colors[run.name], linewidth=1.8, marker="o", markersize=3.5)
         axes.set_title(_text(run.name), loc="left", fontsize=10, fontweight="bold", color=colors[run.name])
     panels[-1].set_xlabel("optimizer steps")
-    figure.supylabel(f"{score}, %   (axis does not begin at 0)", fontsize=10)
+    # two lines, or the figure of a single run cuts them off
+    figure.supylabel(f"{score}, %\n(axis does not begin at 0)", fontsize=10, multialignment="center")
     return figure
 
 
