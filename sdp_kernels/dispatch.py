@@ -1,6 +1,7 @@
 """Which implementation runs: "triton", "cpu" or "reference".
 
-* "triton": the fused kernels, on a CUDA tensor, or on a CPU tensor in Triton's interpreter.
+* "triton": the fused kernels, on a CUDA tensor, or on a CPU tensor in Triton's interpreter. On a meta tensor, which has
+  no values, nothing is launched.
 * "cpu": what runs best for CPU tensors.
 * "reference": plain torch, on any device; what "cpu" means for an op with nothing faster.
 
@@ -98,7 +99,7 @@ def reasons_against(
                 reasons.append(f"dtype {tensor.dtype} is none of {[str(dtype) for dtype in KERNEL_DTYPES]}")
             if tensor.dtype == torch.bfloat16 and _lacks_bfloat16(tensor.device):
                 reasons.append(f"{tensor.device} has no bfloat16 arithmetic")
-            if tensor.device.type != "cuda" and not _interpreting():
+            if tensor.device.type not in ("cuda", "meta") and not _interpreting():
                 reasons.append(f"a tensor is on {tensor.device}, not on CUDA, and TRITON_INTERPRET is not set")
     if backend == "cpu":
         reasons += [f"a tensor is on {tensor.device}" for tensor in tensors if tensor.device.type != "cpu"]
@@ -130,6 +131,29 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """A context in which autocast leaves the dtypes of this tensor's device alone."""
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+
+
+def capability_of(device: torch.device) -> int:
+    """The compute capability that kernels are launched for: 90 is 9.0, and that of the interpreter is 80.
+
+    For meta tensors it is the one that Triton compiles for.
+    """
+    if device.type == "meta":
+        from triton.runtime import driver
+
+        return int(driver.active.get_current_target().arch)
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return 10 * major + minor
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether work on this tensor goes into a CUDA graph now, instead of being done."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def float32_precision() -> str:

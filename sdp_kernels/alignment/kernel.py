@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdp_kernels.dispatch import on_its_device
+from sdp_kernels.dispatch import is_captured, on_its_device
 from sdp_kernels.masked_linear.bitmask import WORD_BITS
 from sdp_kernels.spec import KernelConfig
 
@@ -89,7 +89,7 @@ def _prepare(
 ) -> tuple[Layers, dict[str, Any]]:
     if weights[0].is_cuda and triton.knobs.runtime.interpret:
         raise NotImplementedError("Triton's interpreter cannot follow the addresses of CUDA tensors")
-    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(weights[0]):
         raise RuntimeError("aligned_weight_loss reads layers by their addresses: no CUDA graph can hold it")
     packed = bool(masks) and masks[0].dtype == torch.int32
     places = []
@@ -257,7 +257,7 @@ def _layers_kernel(
         tl.store(saved + layer, inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers"])
 def _gradient_kernel(
     scale,  # one float32: gradient of the loss
     table,  # (layers, FIELDS) int64

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdp_kernels.alignment.reference import aligned_weight_loss_reference
 from sdp_kernels.checks import check_above, check_choice, check_dims, check_pair
-from sdp_kernels.dispatch import choose_backend
+from sdp_kernels.dispatch import choose_backend, without_autocast
 from sdp_kernels.masked_linear.bitmask import BitMask
 from sdp_kernels.masked_linear.op import check_mask
 
@@ -70,7 +70,7 @@ def aligned_weight_loss(
     if backend == "triton":
         loss: Tensor = _aligned_weights(weights, references, keep, kind == "cosine", float(eps))[0]
         return loss
-    with torch.autocast(weights[0].device.type, enabled=False):
+    with without_autocast(weights[0]):
         return aligned_weight_loss_reference(weights, references, kind=kind, masks=masks, eps=eps)
 
 

@@ -3,7 +3,9 @@
 # mypy: disable-error-code="import-untyped,import-not-found"
 
 import functools
+import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -76,7 +78,15 @@ def _numba_installed() -> bool:
 
 @functools.cache
 def _finds_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    """By importing it: each numba refuses the versions of NumPy that are newer than itself, and only then."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        warnings.warn(f"block-sparse products on a CPU are plain torch: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 _forked = False

@@ -28,7 +28,7 @@ from sdp_kernels.block_sparse_linear.launch import (
     values_step,
     values_warps,
 )
-from sdp_kernels.dispatch import float32_precision, on_its_device
+from sdp_kernels.dispatch import capability_of, float32_precision, on_its_device
 from sdp_kernels.spec import KernelConfig
 
 __all__ = ["OutOfResources", "configurations", "product", "values_gradient"]
@@ -40,12 +40,6 @@ FINISH_BLOCK = 1024
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; many where there is none, so that the interpreter walks the same way as a large device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def capability_of(device: torch.device) -> int:
-    """80, 90 and so on; 80 in the interpreter."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return 10 * major + minor
 
 
 @on_its_device
@@ -99,7 +93,7 @@ def product(
         BLOCK_TOKENS=launch.block_tokens,
         WHOLE_INPUT=in_features % width == 0,
         PERMUTED=positions is not None,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         PRECISION=float32_precision(),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -174,7 +168,7 @@ def _columns_at(pointer, lane, high, WIDTH: tl.constexpr, STEP: tl.constexpr):
     return tl.max_constancy(found, min(WIDTH, STEP))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "lines", "group_tiles"])
 def _product_kernel(
     input,  # (tokens, in)
     values,  # (blocks, HEIGHT, WIDTH) with the strides given
@@ -183,7 +177,7 @@ def _product_kernel(
     columns,  # (blocks,)
     positions,  # (blocks,) in `values`, read if PERMUTED
     order,  # (lines,)
-    output,  # (tokens, out), or (SPLITS, tokens, out) float32
+    output,  # (tokens, out), or (splits, tokens, out) float32 if SPLIT
     tokens,
     in_features,
     out_features,
@@ -197,7 +191,7 @@ def _product_kernel(
     BLOCK_TOKENS: tl.constexpr,
     WHOLE_INPUT: tl.constexpr,
     PERMUTED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -213,8 +207,8 @@ def _product_kernel(
 
     low = tl.load(offsets + line) * WIDTH
     high = tl.load(offsets + line + 1) * WIDTH
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(high - low, STEP), SPLITS) * STEP
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(high - low, STEP), tl.num_programs(1)) * STEP
         low += tl.program_id(1) * share
         high = tl.minimum(low + share, high)
     step = tl.arange(0, STEP)
@@ -252,7 +246,7 @@ def _product_kernel(
     tl.store(place, sums.to(output.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements"])
 def _finish_kernel(
     sums,  # (SPLITS, tokens, out) float32
     bias,  # (out,), read if HAS_BIAS
@@ -276,7 +270,7 @@ def _finish_kernel(
     tl.store(output + index, _activate(total, ACTIVATION).to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _values_kernel(
     gradient,  # (tokens, out)
     input,  # (tokens, in)
@@ -332,7 +326,7 @@ def configurations(capability: int = 120) -> Iterator[KernelConfig]:
                 for transposed in (False, True):
                     height, width = block_shape[::-1] if transposed else block_shape
                     launch = choose_launch(tokens, height, dtype, capability)
-                    splits = 4 if tokens == 16 else 1
+                    split = tokens == 16
                     constants = {
                         "HEIGHT": height,
                         "WIDTH": width,
@@ -342,12 +336,12 @@ def configurations(capability: int = 120) -> Iterator[KernelConfig]:
                         "BLOCK_TOKENS": launch.block_tokens,
                         "WHOLE_INPUT": True,
                         "PERMUTED": transposed,
-                        "SPLITS": splits,
-                        "HAS_BIAS": splits == 1,
-                        "ACTIVATION": "gelu" if splits == 1 and not transposed else "none",
+                        "SPLIT": split,
+                        "HAS_BIAS": not split,
+                        "ACTIVATION": "none" if split or transposed else "gelu",
                         **precision,
                     }
-                    used = types if splits == 1 else {**types, "output": "*fp32"}
+                    used = {**types, "output": "*fp32"} if split else types
                     yield KernelConfig(
                         _product_kernel, used, constants, launch.num_warps, launch.num_stages, tensor_cores=half
                     )

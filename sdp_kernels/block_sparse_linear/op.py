@@ -12,7 +12,7 @@ from sdp_kernels.block_sparse_linear.break_even import edge_passed
 from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
 from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS, block_sparse_linear_reference
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from sdp_kernels.dispatch import autocast_dtype, choose_backend
+from sdp_kernels.dispatch import autocast_dtype, choose_backend, without_autocast
 
 OFFERS = ("triton", "cpu", "reference")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -72,7 +72,7 @@ def block_sparse_linear(
         or (path == "auto" and edge_passed(weight, tokens, input.dtype, backend) is not None)
     ):
         matrix = replace(weight, values=values)
-        with torch.autocast("cpu" if input.is_meta else input.device.type, enabled=False):
+        with without_autocast(input):
             return block_sparse_linear_reference(input, matrix, bias, activation=activation)
     # The backward of an activation needs what came into it, which a fused one does not keep.
     trains = torch.is_grad_enabled() and any(
@@ -81,7 +81,7 @@ def block_sparse_linear(
     # With few tokens the operator's way to the function takes as long as the function. But who records operators or
     # runs something else in their place must see one: the function writes through numpy and Triton.
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    watched = tracing or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    watched = tracing or torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or input.is_meta
     plain = not trains and not watched and type(input) in PLAIN and type(values) in PLAIN
     lists = weight.lists
     output: Tensor = (_compute if plain else _block_sparse_linear)(

@@ -33,6 +33,8 @@ from sdp_kernels.block_sparse_linear.launch import (
     shared_memory,
 )
 from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
+from sdp_kernels.compile_ahead import Specialisation, compile_ahead, recorded
+from sdp_kernels.dispatch import capability_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CALLS = 10  # in one time on a GPU
@@ -67,7 +69,7 @@ def tune(weight: BlockSparseMatrix, tokens: int, *, repeats: int = 20) -> Tuning
     Raises:
         ValueError: fewer than one token or repeat, or a weight that the kernels do not take.
     """
-    from sdp_kernels.block_sparse_linear.kernel import OutOfResources, capability_of, product
+    from sdp_kernels.block_sparse_linear.kernel import OutOfResources, product
 
     for name, number in (("tokens", tokens), ("repeats", repeats)):
         if number < 1:
@@ -86,10 +88,13 @@ def tune(weight: BlockSparseMatrix, tokens: int, *, repeats: int = 20) -> Tuning
     def call() -> Tensor:
         return product(input, values.detach(), None, *indices, weight.shape[0], None)
 
+    tried = list(candidates(tokens, weight.block_shape[0], values.dtype, capability_of(device)))
     times: dict[TunedLaunch, float] = {}
     try:
+        if device.type == "cuda":
+            compile_ahead(recorded_launches(call, key, tried))
         default = _milliseconds(call, device, repeats)
-        for candidate in candidates(tokens, weight.block_shape[0], values.dtype, capability_of(device)):
+        for candidate in tried:
             TUNED[key] = candidate
             try:
                 times[candidate] = _milliseconds(call, device, repeats)
@@ -101,6 +106,17 @@ def tune(weight: BlockSparseMatrix, tokens: int, *, repeats: int = 20) -> Tuning
             TUNED[key] = before
     best = min(times, key=lambda candidate: times[candidate])
     return Tuning(key, best, times[best], default)
+
+
+def recorded_launches(call: Callable[[], Any], key: ProductClass, tried: Sequence[TunedLaunch]) -> list[Specialisation]:
+    """What the call would compile with each of the launches; compiling one after the other would take minutes."""
+    with recorded() as found:
+        for candidate in tried:
+            TUNED[key] = candidate
+            call()
+        TUNED.pop(key, None)
+        call()
+    return list(found.values())
 
 
 def candidates(tokens: int, height: int, dtype: torch.dtype, capability: int) -> Iterator[TunedLaunch]:

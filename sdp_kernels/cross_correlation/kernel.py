@@ -18,6 +18,7 @@ from sdp_kernels.cross_correlation import kernel_columns, kernel_small
 from sdp_kernels.cross_correlation.forms import FEW_ROWS, Options, chunk_rows
 from sdp_kernels.cross_correlation.kernel_columns import BLOCK_BATCH, BLOCK_DIM, Columns, normalise, row_chunks
 from sdp_kernels.cross_correlation.kernel_tiles import (
+    COUNTS,
     load_tile,
     load_units,
     result_like,
@@ -124,7 +125,7 @@ def _matrix_products(unit: Columns, options: Options, strips: int) -> tuple[Tens
     return loss_parts, (student_product, teacher_product)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows"])
 def _correlation_loss_kernel(
     correlation,  # (rows, dim): rows `first_row` ... of C; its diagonal is zeroed in place
     loss_parts,  # one float32 a program: weight * sum of squares
@@ -186,7 +187,7 @@ def _unit_gradients(
     return student, teacher
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _along_kernel(
     student,  # (batch, dim)
     teacher,  # (batch, dim)
@@ -246,7 +247,7 @@ def _along_kernel(
     tl.store(out + 3 * dim, teacher_along, mask=column < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gradient_kernel(
     student,  # (batch, dim)
     teacher,  # (batch, dim)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdp_kernels.cross_correlation.forms import Options
 from sdp_kernels.cross_correlation.kernel_tiles import (
+    COUNTS,
     DEAD_LIMIT,
     inverse_norm,
     load_rows,
@@ -90,12 +91,12 @@ def normalise(
 def _merge(count, mean, squares, other_count, other_mean, other_squares):
     """Mean and sum of squares about it of two sets together, without cancellation (Chan et al. 1979)."""
     total = count + other_count
-    part = other_count / tl.maximum(total, 1e-37)
+    part = tl.div_rn(other_count, tl.maximum(total, 1e-37))
     difference = other_mean - mean
     return total, mean + difference * part, squares + other_squares + difference * difference * count * part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _statistics_kernel(
     student,  # (batch, dim)
     teacher,  # (batch, dim)
@@ -133,7 +134,7 @@ def _statistics_kernel(
     tl.store(out + 4 * dim, teacher_squares, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _normalise_kernel(
     student,  # (batch, dim)
     teacher,  # (batch, dim)

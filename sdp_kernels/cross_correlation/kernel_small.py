@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdp_kernels.cross_correlation.forms import Options
 from sdp_kernels.cross_correlation.kernel_tiles import (
+    COUNTS,
     DEAD_LIMIT,
     inverse_norm,
     load_rows,
@@ -111,7 +112,7 @@ def warps(block_batch: int) -> int:
     return 8 if block_batch == 128 else 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _normalise_kernel(
     student,  # (batch, dim)
     teacher,  # (batch, dim)
@@ -162,7 +163,7 @@ def _normalise_kernel(
     tl.store(out + row[:, None] * BLOCK_BATCH + row[None, :], product)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gram_kernel(
     gram_parts,  # (parts, entries) float32
     gram,  # (entries,)
@@ -177,7 +178,7 @@ def _gram_kernel(
     tl.store(gram + entry, total.to(gram.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gradient_kernel(
     student,  # (batch, dim)
     teacher,  # (batch, dim)

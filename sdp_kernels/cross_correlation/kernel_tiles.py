@@ -1,4 +1,8 @@
-"""What the kernels share: tiles of rows and columns, and the little formulas on them."""
+"""What the kernels share: tiles of rows and columns, and the little formulas on them.
+
+Quotients and roots are rounded as IEEE 754 says: a GPU's own are wrong in the last bits, and near convergence these
+losses consist of the last bits.
+"""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -9,6 +13,8 @@ from torch import Tensor
 
 from sdp_kernels.cross_correlation.reference import DEAD_EPSILONS
 
+# Arguments that say how many rows or parts there are: a kernel compiled for each kind of number would be no faster.
+COUNTS = ["batch", "chunk_rows", "chunks", "parts", "strips"]
 DEAD_LIMIT = (DEAD_EPSILONS * torch.finfo(torch.float32).eps) ** 2
 
 
@@ -64,7 +70,7 @@ def load_rows(pointer, sample_weight, row, column, batch, dim, HAS_WEIGHT: tl.co
 @triton.jit
 def unit_columns(features, share, mean, inverse):
     """Centred and scaled to unit norm; 0 where the weight is."""
-    return (features - mean[None, :]) * tl.sqrt(share) * inverse[None, :]
+    return (features - mean[None, :]) * tl.sqrt_rn(share) * inverse[None, :]
 
 
 @triton.jit
@@ -108,7 +114,7 @@ def store_tile(pointer, value, row, column, batch, dim):
 def tile_statistics(features, share, CENTER: tl.constexpr):
     """Mean and weighted sum of squares about it, of the columns of one tile."""
     total = tl.sum(share)
-    mean = tl.sum(features * share, 0) / tl.maximum(total, 1e-37) * (1.0 if CENTER else 0.0)
+    mean = tl.div_rn(tl.sum(features * share, 0), tl.maximum(total, 1e-37)) * (1.0 if CENTER else 0.0)
     centred = features - mean[None, :]
     return total, mean, tl.sum(centred * centred * share, 0)
 
@@ -117,7 +123,8 @@ def tile_statistics(features, share, CENTER: tl.constexpr):
 def inverse_norm(squares, mean, total, eps, dead_limit):
     """1 / norm of a centred column, 0 for a dead one; total * mean^2 is what centring took from the raw squares."""
     dead = squares <= dead_limit * (squares + total * mean * mean)
-    return tl.where(dead, 0.0, 1.0 / tl.sqrt(tl.where(dead, 1.0, squares + total * eps)))
+    norm = tl.sqrt_rn(tl.where(dead, 1.0, squares + total * eps))
+    return tl.where(dead, 0.0, tl.div_rn(1.0, norm))
 
 
 @triton.jit
@@ -136,4 +143,4 @@ def through_norm(gradient, unit, along, inverse, share):
 
     Centring needs nothing more: the gradient is a combination of centred columns, whose weighted sum is zero.
     """
-    return (gradient - unit * along[None, :]) * inverse[None, :] * tl.sqrt(share)
+    return (gradient - unit * along[None, :]) * inverse[None, :] * tl.sqrt_rn(share)

@@ -16,7 +16,7 @@ from sdp_kernels.checks import (
 )
 from sdp_kernels.cross_correlation.forms import Options, choose_form
 from sdp_kernels.cross_correlation.reference import cross_correlation_loss_reference
-from sdp_kernels.dispatch import choose_backend
+from sdp_kernels.dispatch import choose_backend, without_autocast
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -125,7 +125,7 @@ def _reference(
     target: Literal["identity", "teacher"],
     eps: float,
 ) -> Tensor:
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student):
         return cross_correlation_loss_reference(
             student,
             teacher,
@@ -156,7 +156,7 @@ def _compute(
     else:
         from sdp_kernels.cross_correlation.kernel import loss_and_gradients
 
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student):
         options = Options(weight, center, residual, eps, form, student_gradient, teacher_gradient)
         return loss_and_gradients(student, teacher, sample_weight, options)
 
@@ -194,7 +194,8 @@ class _CrossCorrelation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
-        plain = not torch.compiler.is_compiling() and type(student) in PLAIN and type(teacher) in PLAIN
+        watched = torch.compiler.is_compiling() or student.is_meta
+        plain = not watched and type(student) in PLAIN and type(teacher) in PLAIN
         # The operator's way to the function takes longer than the function on the smallest input.
         loss, *gradients = (_compute if plain else _cross_correlation)(student, teacher, *options)
         ctx.save_for_backward(*gradients)

@@ -18,6 +18,8 @@ from sdp_kernels.dispatch import on_its_device
 from sdp_kernels.spec import KernelConfig
 
 TILES = ((32, 16), (4, 128), (2, 1024), (1, 4096))  # (rows, columns), the narrowest first
+# Arguments that say how many rows there are: a kernel compiled for each kind of number would be no faster.
+COUNTS = ["rows", "student_inner", "teacher_inner"]
 
 
 @on_its_device
@@ -166,7 +168,7 @@ def _ratio(p, s, t):
     return tl.where(p == 0, 0.0, t) - tl.where(p == 0, 0.0, s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _kl_forward_kernel(
     student,  # rows of logits
     student_inner,
@@ -218,7 +220,7 @@ def _kl_forward_kernel(
     tl.store(statistics + 4 * row + 3, t_sum, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _kl_backward_kernel(
     student,  # rows of logits
     student_inner,
@@ -270,7 +272,7 @@ def _kl_backward_kernel(
         _store(teacher_gradient, row, rows, column, columns, factor[:, None] * slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _cosine_forward_kernel(
     student,  # rows of features
     student_inner,
@@ -314,7 +316,7 @@ def _cosine_forward_kernel(
     tl.store(statistics + 2 * row + 1, t_norm, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _cosine_backward_kernel(
     student,  # rows of features
     student_inner,

@@ -16,7 +16,7 @@ from sdp_kernels.checks import (
     check_weight_values,
     compute_dtype,
 )
-from sdp_kernels.dispatch import choose_backend
+from sdp_kernels.dispatch import choose_backend, without_autocast
 from sdp_kernels.distillation import cpu
 from sdp_kernels.distillation.reference import (
     cosine_distance_loss_reference,
@@ -63,7 +63,7 @@ def kl_divergence_loss(
     check_above("temperature", temperature, 0)
     _check_rows(student_logits, teacher_logits, sample_weight, "_logits")
     backend = choose_backend("kl_divergence_loss", (student_logits, teacher_logits), _offers(student_logits))
-    with torch.autocast(student_logits.device.type, enabled=False):
+    with without_autocast(student_logits):
         if backend != "reference":
             losses, _ = _row_losses(student_logits, teacher_logits, sample_weight, "kl", temperature, backend)
             return weighted_mean(losses, sample_weight) * temperature**2
@@ -96,7 +96,7 @@ def cosine_distance_loss(
     check_at_least("eps", eps, 0)
     _check_rows(student, teacher, sample_weight, "")
     backend = choose_backend("cosine_distance_loss", (student, teacher), _offers(student))
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student):
         if backend != "reference":
             losses, _ = _row_losses(student, teacher, sample_weight, "cosine", float(eps), backend)
             return weighted_mean(losses, sample_weight)

@@ -193,7 +193,8 @@ def _histogram(value, chosen, BITS: tl.constexpr):
     return tl.histogram(tl.reshape(value.to(tl.int32), (size,)), 2**BITS, mask=tl.reshape(chosen, (size,)))
 
 
-@triton.jit
+# Slices of one tensor: where they begin differs in alignment, which nothing is gained from.
+@triton.jit(do_not_specialize=["words"], do_not_specialize_on_alignment=["state", "nans", "guess", "window"])
 def _count_kernel(
     scores,  # (rows, columns)
     state,  # (4,) int64: digits found, rank among scores that begin with them, how many these are, 1 if two at once
@@ -282,7 +283,7 @@ def _digit_kernel(
     _store_found(state, counts + group * 2**BITS, found, rank, BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words"], do_not_specialize_on_alignment=["state"])
 def _pack_kernel(
     scores,  # (rows, columns)
     state,  # (4,) int64, of the first `DECIDED` digits
@@ -315,7 +316,7 @@ def _pack_kernel(
         tl.atomic_add(counts + tl.arange(0, 2**BITS), counted.to(tl.int64), mask=counted > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words"], do_not_specialize_on_alignment=["state", "before"])
 def _drop_ties_kernel(
     scores,  # (rows, columns)
     state,  # (4,) int64
@@ -343,7 +344,7 @@ def _drop_ties_kernel(
     tl.store(packed + word, _word(keep), mask=word < words)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "n", "m"])
 def _n_of_m_kernel(
     scores,  # (rows, columns)
     packed,  # (rows, words of a row) int32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.checks import check_choice, check_floating
-from sdp_kernels.dispatch import choose_backend
+from sdp_kernels.dispatch import choose_backend, is_captured
 from sdp_kernels.mask_selection.packing import holds_nan, keep_highest, keep_n_of_m
 from sdp_kernels.masked_linear.bitmask import BitMask, block_grid, unpack_bits
 
@@ -90,6 +90,7 @@ def select_mask(
         ValueError: an argument out of range, missing, or not for this structure; shapes that do not divide; a
             NaN score; a matrix that would lose everything. Names the matrix by its index.
         TypeError: scores are not floating-point tensors.
+        RuntimeError: inside the capture of a CUDA graph, because the device is waited for.
     """
     matrices = [scores] if isinstance(scores, Tensor) else list(scores)
     check_choice("structure", structure, STRUCTURES)
@@ -101,6 +102,8 @@ def select_mask(
     devices = sorted({str(matrix.device) for matrix in matrices})
     apart = [f"scores are on several devices, {devices}"] if len(devices) > 1 else []
     backend = choose_backend("select_mask", matrices, OFFERS, apart)
+    if any(map(is_captured, matrices)):
+        raise RuntimeError("select_mask waits for its device, to refuse NaN and empty masks: no CUDA graph can hold it")
     if structure == "n:m":
         if sparsity is not None or block_shape is not None:
             raise ValueError(f"n:m takes no sparsity and no block_shape, got {sparsity} and {block_shape}")

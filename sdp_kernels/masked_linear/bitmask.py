@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdp_kernels.dispatch import is_captured
 from sdp_kernels.masked_linear.blocks import SMALLEST_SIDE, ActiveBlocks, exceeds_lists
 
 WORD_BITS = 32
@@ -204,7 +205,9 @@ def unpack_bits(words: Tensor, columns: int) -> Tensor:
     """
     _require_little_endian()
     octets = words.flatten().view(torch.uint8)
-    patterns = _patterns(words.device).index_select(0, octets.int())
+    # What is made inside of a capture holds nothing yet: it belongs to the graph and must not be kept for others.
+    make = make_patterns if is_captured(words) else _patterns
+    patterns = make(words.device).index_select(0, octets.int())
     mask = patterns.view(torch.bool).view(words.shape[0], words.shape[1] * WORD_BITS)
     return mask[:, :columns].contiguous()
 
@@ -220,12 +223,14 @@ def _(words: Tensor, columns: int) -> Tensor:
     return words.new_empty((words.shape[0], columns), dtype=torch.bool)
 
 
-@functools.cache
-def _patterns(device: torch.device) -> Tensor:
+def make_patterns(device: torch.device) -> Tensor:
     """(256,) int64 whose eight bytes are the bits of their index, the lowest first."""
     index = torch.arange(256, device=device)[:, None]
     bits = (index >> torch.arange(8, device=device)) & 1
     return bits.to(torch.uint8).view(torch.int64).flatten()
+
+
+_patterns = functools.cache(make_patterns)
 
 
 def _require_little_endian() -> None:

@@ -216,7 +216,7 @@ def _keep_tile(mask, row, column, rows, columns, PACKED: tl.constexpr, ROWS: tl.
     return keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _masked_kernel(
     input,  # (tokens, columns), or (tokens, rows) if TRANSPOSED
     weight,  # (rows, columns)
@@ -287,7 +287,7 @@ def _blocks_at(neighbours, lane, high, blocks, WIDTH: tl.constexpr, STEP: tl.con
     return tl.max_constancy(found, min(WIDTH, STEP))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "blocks"])
 def _blocks_kernel(
     input,  # (tokens, input_stride)
     weight,  # (features, input_stride), or (input_stride, features) if TRANSPOSED

@@ -102,7 +102,7 @@ def _gradient_block(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _weight_gradient_kernel(
     gradient,  # (tokens, rows)
     input,  # (tokens, columns)
@@ -128,7 +128,7 @@ def _weight_gradient_kernel(
     tl.store(place, sums.to(output.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gated_gradient_kernel(
     gradient,  # (tokens, rows)
     input,  # (tokens, columns)

@@ -1,7 +1,8 @@
 """Pruned weights set to zero on a GPU: a list of them in one launch, or into a copy.
 
 A table on the device holds the address, mask and shape of every weight, and a map tells each program which is its
-own. Both are kept for the next call: while a model stays where it is, nothing is moved from the host.
+own. Both are kept for the next call: while a model stays where it is, nothing is moved from the host. A CUDA graph
+could outlive a table, so inside of a capture each weight has a launch of its own, whose addresses the graph holds.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdp_kernels.dispatch import on_its_device
+from sdp_kernels.dispatch import is_captured, on_its_device
 from sdp_kernels.spec import KernelConfig
 
 BLOCK_ROWS, BLOCK_COLUMNS = 4, 512
@@ -58,14 +59,17 @@ def masked_copy(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Tens
 
 
 def zero_in_place(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Write +0.0 where pruned, with one launch for all weights of one device and size of float."""
+    """Write +0.0 where pruned, with one launch for all weights of one device and size of float, or one each."""
     groups: dict[tuple[torch.device, int], tuple[list[Tensor], list[Tensor]]] = {}
     for weight, mask in zip(weights, masks, strict=True):
         if weight.is_cuda and triton.knobs.runtime.interpret:
             raise NotImplementedError("Triton's interpreter cannot follow the addresses of CUDA tensors")
         if not weight.numel():
             continue
-        if weight.stride(1) != 1:
+        if weight.is_contiguous() and is_captured(weight):
+            masked_copy(weight, mask, out=weight)
+            continue
+        if weight.stride(1) != 1 or is_captured(weight):
             weight.copy_(masked_copy(weight, mask))
             continue
         group = groups.setdefault((weight.device, weight.itemsize), ([], []))
@@ -134,7 +138,7 @@ def _zero_kernel(
         tl.store(weight + column[None, :], zero, mask=inside & (keep == 0))  # kept weights are not even read
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _copy_kernel(
     weight,  # (rows, columns) integers of the size of the floats
     mask,  # (rows, words of a row) int32 if PACKED_MASK, otherwise (rows, columns) bool

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from sdp_kernels.dispatch import autocast_dtype, choose_backend
+from sdp_kernels.dispatch import autocast_dtype, choose_backend, without_autocast
 from sdp_kernels.masked_linear.bitmask import BitMask, block_grid, unpack_bits
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
 from sdp_kernels.masked_linear.masking import mask_, masked
@@ -190,7 +190,7 @@ def _masked_linear(
     """The gate is here for the backward, as is `dense_gradient`."""
     dtype = dtype or input.dtype
     sides = (block_rows, block_columns)
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input):
         rows = input.reshape(-1, input.shape[-1]).to(dtype)
         bias = None if bias is None else bias.to(dtype)
         if backend == "triton" and (lists or len(rows) <= FEW_TOKENS):
@@ -246,7 +246,7 @@ def _masked_linear_backward(
     input_gradient, weight_gradient = input.new_empty(0), weight.new_empty(0)
     gate_gradient = weight.new_empty(0)
     sides = (block_rows, block_columns)
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input):
         rows = gradient.reshape(-1, gradient.shape[-1])
         if need_input:
             product = _input_gradient(rows, weight, mask, lists, sides, backend)

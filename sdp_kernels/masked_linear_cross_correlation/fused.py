@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.cross_correlation.forms import Options
+from sdp_kernels.dispatch import without_autocast
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
 from sdp_kernels.masked_linear.op import _masked_linear_backward
 
@@ -39,7 +40,7 @@ def loss_and_output(
     dtype = dtype or input.dtype
     sample_weight = None if sample_weight is None else sample_weight.float().contiguous()
     options = Options(off_diagonal_weight, center, residual, eps, form, output_gradient, teacher_gradient)
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input):
         target = Teacher(teacher.contiguous(), sample_weight, center)
         rows, bias = input.to(dtype), None if bias is None else bias.to(dtype)
         if lists:
