@@ -1,6 +1,7 @@
-"""Command line: `python -m bench NAME | all | plot NAME | recipes | resources`."""
+"""Command line: `python -m bench NAME | all | gpu | collect | plot NAME | recipes | resources`."""
 
 import argparse
+import importlib.util
 import math
 import os
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from bench.grids import GRIDS
 from bench.machine import measure_machine
-from bench.results import RESULTS, table
+from bench.results import RESULTS, collect, read_rows, table
 from bench.runner import Job, Settings, run
 
 
@@ -38,6 +39,25 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--longest-call", type=float, default=60.0, help="seconds; skip cases with longer ones")
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
         command.set_defaults(run=_run, grids=list(GRIDS) if name == "all" else [name])
+    gpu = commands.add_parser(
+        "gpu",
+        help="every grid inside a given time, each in a process of its own, kernels compiled before",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    gpu.add_argument("--minutes", type=float, default=9.0, help="for everything")
+    gpu.add_argument("--results", type=Path, help="folder of the rows, the table and the log")
+    gpu.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="where to run; cpu rehearses")
+    gpu.add_argument("--grid", nargs="+", metavar="NAME", help="only these, in this order")
+    gpu.add_argument("--quick", action="store_true", help="the smallest case of each grid")
+    gpu.add_argument("--dry-run", action="store_true", help="print what would be done, and no more")
+    gpu.add_argument("--arch", type=int, default=90, help="compute capability that --dry-run plans for, such as 90")
+    gpu.add_argument("--longest-case", type=float, default=90.0, help="seconds; a case that takes longer is given up")
+    gpu.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    gpu.set_defaults(run=_gpu)
+    collect = commands.add_parser("collect", help="append the rows of a file to those of their devices and grids")
+    collect.add_argument("file", type=Path, help="what `gpu` wrote as all.jsonl")
+    collect.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    collect.set_defaults(run=_collect)
     plot = commands.add_parser("plot", help="PNG of the speed-up over each baseline")
     plot.add_argument("grid", choices=GRIDS)
     plot.add_argument("--device", help="folder under the results; needed if several have this grid")
@@ -70,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
     settings = Settings(options.results, longest_call=options.longest_call, again=options.again)
     with tempfile.TemporaryDirectory() as thrown_away:
         if options.quick:
-            jobs = [min((job for job in jobs if job.grid is grid), key=_elements) for grid in grids]
+            jobs = [Job(grid, grid.smallest(options.device)) for grid in grids]
             settings = Settings(Path(thrown_away), seconds=0.05)
         print(f"{torch.device(options.device)}: measuring its copy and matmul rates", flush=True)
         machine = measure_machine(torch.device(options.device))
@@ -84,8 +104,57 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _elements(job: Job) -> int:
-    return math.prod(job.case.shape)
+def _gpu(options: argparse.Namespace) -> int:
+    from bench.gpu import Plan, describe, measure
+
+    try:
+        _check_gpu(options)
+    except ValueError as error:
+        return _refuse(error)
+    plan = Plan({name: GRIDS[name] for name in options.grid or GRIDS}, options.device, options.quick)
+    if options.dry_run:
+        print(describe(plan, options.arch))
+        return 0
+    rows = measure(plan, options.results, options.minutes, longest_case=options.longest_case, threads=options.threads)
+    return 1 if any(row.get("correct") is False for row in rows) else 0
+
+
+def _check_gpu(options: argparse.Namespace) -> None:
+    """Raise a ValueError in one line for what cannot be, before anything runs."""
+    unknown = [name for name in options.grid or () if name not in GRIDS]
+    if unknown:
+        raise ValueError(f"--grid must be among {', '.join(GRIDS)}, got {', '.join(unknown)}")
+    for name in ("minutes", "longest_case"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(options, name)}")
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise ValueError("TRITON_INTERPRET=1 keeps kernels from being compiled; unset it")
+    if options.dry_run:
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("--dry-run looks at what Triton would compile, and triton is not installed")
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is there; --device cpu rehearses, --dry-run prints the plan")
+    if options.results is None:
+        raise ValueError("--results is needed: the folder of the rows, the table and the log")
+    try:
+        options.results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.results):
+            pass
+    except OSError as error:
+        raise ValueError(f"--results: {error.strerror or error}: {str(options.results)!r}") from None
+
+
+def _collect(options: argparse.Namespace) -> int:
+    try:
+        rows = read_rows(options.file.resolve(strict=True))
+        kept = {name: len(found) for name, found in collect(rows, options.results).items()}
+    except (ValueError, KeyError, OSError) as error:
+        return _refuse(ValueError(f"file must hold rows, one JSON object a line, got {str(options.file)!r}: {error!r}"))
+    print("\n".join(f"{name}: {number} rows" for name, number in kept.items()) or "no new rows")
+    return 0
 
 
 def _plot(options: argparse.Namespace) -> int:

@@ -12,10 +12,25 @@ from torch import Tensor
 from sdp_kernels.spec import DEFAULT_FLOORS, Inputs, OpSpec, Shape
 
 Call = Callable[[], Any]
-Contender = Callable[[Inputs], Call]  # prepares what is not timed and returns the call that is
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 MATMUL_PRECISIONS = {"fp32": "highest", "tf32": "high", "bf16": "highest"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute what a grid asks for."""
+
+    prepare: Callable[[Inputs], Call]  # does what is not timed and returns the call that is
+    # Whether a CUDA graph can hold the call: not one that waits for the device or reads what only the host knows. It is
+    # declared, because a capture that fails harms the process (https://github.com/pytorch/pytorch/pull/180395).
+    captured: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    own: Callable[[Inputs], Inputs] | None = None  # other values of the same sizes, where it cannot take any
+
+    def __call__(self, inputs: Inputs) -> Call:
+        """What `prepare` returns."""
+        return self.prepare(inputs)
 
 
 class Work(NamedTuple):
@@ -55,34 +70,49 @@ class Grid:
     bound: Callable[[Shape, int], Work]  # (shape, bytes an element): what any implementation needs
     heaviest: Callable[[Shape], Work]  # of the reference in float64: what a case needs
     grad_args: tuple[str, ...] = ()  # inputs that get a gradient
+    telling: int | None = None  # how many shapes, from the first, are tried in every dtype; the others in the first one
+    # The same inputs on the meta device, where `inputs` cannot make them there because it looks at values.
+    outlines: Callable[[Shape, torch.dtype], Inputs] | None = None
+    launching: tuple[str, ...] = ("ours",)  # contenders that launch kernels of sdp_kernels
     dtypes: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"cpu": ("fp32",), "cuda": ("bf16", "fp32", "tf32")}
     )
     floors: Mapping[str, float] = field(default_factory=_gate_floors)
 
     def cases(self, device_type: str) -> Iterator[Case]:
-        """Every shape in every dtype, with its priority."""
+        """Every shape in the first dtype and the telling ones in every one, with their priorities."""
         for rank, shape in enumerate(self.shapes):
-            for offset, dtype in enumerate(self.dtypes[device_type]):
+            in_all = self.telling is None or rank < self.telling
+            dtypes = self.dtypes[device_type]
+            for offset, dtype in enumerate(dtypes if in_all else dtypes[:1]):
                 yield Case(shape, dtype, rank + offset)
 
+    def smallest(self, device_type: str) -> Case:
+        """The case that needs least memory, in the first dtype."""
+        return min(self.cases(device_type), key=lambda case: self.heaviest(case.shape).memory)
 
-def direct(function: Callable[..., Any], **options: Any) -> Contender:
+
+def direct(function: Callable[..., Any], *, captured: bool = True, **options: Any) -> Contender:
     """The function as it is."""
-    return lambda inputs: partial(function, **inputs, **options)
+    return Contender(lambda inputs: partial(function, **inputs, **options), captured)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Contender:
     """The function under torch.compile; a graph break is an error, so that it is never slow by accident."""
-    return lambda inputs: partial(torch.compile(function, fullgraph=True, dynamic=False), **inputs, **options)
+
+    def prepare(inputs: Inputs) -> Call:
+        return partial(torch.compile(function, fullgraph=True, dynamic=False), **inputs, **options)
+
+    return Contender(prepare)
 
 
-def elementwise_grid(spec: OpSpec, eager: Callable[..., Tensor]) -> Grid:
+def elementwise_grid(spec: OpSpec, eager: Callable[..., Tensor], *, captured: bool = True) -> Grid:
     """The grid of an op that reads and writes its inputs and little else, in the first variant of its spec.
 
     Args:
         spec: the op; its first `grad_args` gets a gradient, that of the student.
         eager: what a user would write in torch, called like the op.
+        captured: whether a CUDA graph can hold the op.
     """
     options = next(iter(spec.variants.values()))
 
@@ -96,7 +126,7 @@ def elementwise_grid(spec: OpSpec, eager: Callable[..., Tensor]) -> Grid:
         inputs=spec.inputs,
         reference=partial(spec.reference, **options),
         contenders=lambda: {
-            "ours": direct(spec.op, **options),
+            "ours": direct(spec.op, captured=captured, **options),
             "eager": direct(eager, **options),
             "compile": compiled(eager, **options),
         },

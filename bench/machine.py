@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.grid import DTYPES, MATMUL_PRECISIONS, Work
+from sdp_kernels.dispatch import capability_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FITTING_SHARE = 0.8  # of the memory, for one case
@@ -32,6 +33,7 @@ class Machine:
     copy_rate: float  # bytes read and written a second
     matmul_rates: dict[str, float]  # operations a second, by dtype; "fp64" too
     memory: int  # bytes
+    capability: int | None = None  # of a GPU: 90 is 9.0
 
     @property
     def slug(self) -> str:
@@ -74,7 +76,8 @@ def measure_machine(device: torch.device) -> Machine:
     dtypes = (*(DTYPES if device.type == "cuda" else ("fp32",)), "fp64")
     rates = {dtype: _matmul_rate(dtype, device) for dtype in dtypes}
     copy_rate = _copy_rate(device)
-    return Machine(device, device_name(device), copy_rate, rates, _free_memory(device))
+    capability = capability_of(device) if device.type == "cuda" else None
+    return Machine(device, device_name(device), copy_rate, rates, _free_memory(device), capability)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.machine import slug_of
+
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -28,6 +30,20 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def collect(rows: Iterable[Row], results: Path) -> dict[str, list[Row]]:
+    """Append rows to the files of their devices and grids, those that are not there yet; returns these by file."""
+    files: dict[Path, list[Row]] = {}
+    for row in rows:
+        files.setdefault(results / slug_of(row["device"]) / f"{row['op']}.jsonl", []).append(row)
+    new = {}
+    for path, found in files.items():
+        known = read_rows(path)
+        if missing := [row for row in found if row not in known]:
+            append_rows(path, missing)
+            new[f"{path.parent.name}/{path.name}"] = missing
+    return new
 
 
 def identity(row: Row) -> str:
@@ -58,10 +74,40 @@ def table(rows: Sequence[Row]) -> str:
             lines.append((*name, f"{row['median_ms']:.4g}", spread, host, ratio, peak, f"{row['bound_ms']:.3g}", error))
         else:
             lines.append((*name, outcome(row), "", "", "", "", "", ""))
-    widths = [max(len(line[column]) for line in lines if len(line[4]) < 20) for column in range(len(lines[0]))]
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
+    """Columns as wide as their widest cell, but for those that are a sentence."""
+    widths = [max(len(line[column]) for line in lines if len(line[column]) < 50) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A line for each case as plain text: ours against its bound, and how many times as long each other one takes."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(json.dumps([row["op"], row["shape"], row["dtype"]]), []).append(row)
+    lines = [("case", "", "ours ms", "host ms", "of bound", "times ours")]
+    for found in cases.values():
+        ours = next((row for row in found if row["contender"] == "ours"), found[0])
+        name = (f"{ours['op']} {'x'.join(map(str, ours['shape']))}", ours["dtype"])
+        if "median_ms" not in ours:
+            lines.append((*name, "", "", "", outcome(ours)))
+            continue
+        host = "" if ours["host_ms"] is None else f"{ours['host_ms']:.3g}"
+        others = (
+            f"{row['contender']} {row['ratio_to_ours']:.2f}{'' if row['timing'] == ours['timing'] else '*'}"
+            if "median_ms" in row
+            else f"{row['contender']} {outcome(row).split(':')[0].lower()}"
+            for row in found
+            if row is not ours
+        )
+        bound = f"{ours['bound_ms'] / ours['median_ms']:.0%}"
+        lines.append((*name, f"{ours['median_ms']:.4g}", host, bound, "  ".join(others)))
+    return _aligned(lines)
 
 
 def outcome(row: Row) -> str:

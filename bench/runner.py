@@ -3,7 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.grid import DTYPES, MATMUL_PRECISIONS, Call, Case, Grid
-from bench.machine import FITTING_SHARE, Machine
+from bench.grid import DTYPES, MATMUL_PRECISIONS, Call, Case, Contender, Grid
+from bench.machine import FITTING_SHARE, Machine, synchronize
 from bench.results import Row, append_rows, identity, read_rows
-from bench.timing import measure, peak_mib
+from bench.timing import DeviceLost, Times, measure, peak_mib
 from sdp_kernels.spec import Inputs
 
 BASELINE_LIMIT = 0.1  # relative error up to which a baseline counts as computing the same
@@ -40,6 +40,25 @@ class Job(NamedTuple):
     case: Case
 
 
+class Watch:
+    """What a run tells while it goes on; here a progress bar."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.bar = tqdm(total=len(jobs), unit="case", dynamic_ncols=True)
+
+    def started(self, job: Job, seconds: float) -> None:
+        """A case begins and takes about so long."""
+        self.bar.set_description(f"{job.grid.name} {'x'.join(map(str, job.case.shape))} {job.case.dtype}")
+
+    def ended(self, job: Job, rows: Sequence[Row]) -> None:
+        """Its rows, which are on disk; of a case that is left out, none."""
+        self.bar.update()
+
+    def close(self) -> None:
+        """The run is over."""
+        self.bar.close()
+
+
 class Step:
     """Forward and backward, as a training step needs them: the result, and the gradients of the leaves."""
 
@@ -58,7 +77,13 @@ class Step:
         return [output.detach(), *torch.autograd.grad(output, self.leaves, self.cotangent)]
 
 
-def run(jobs: Sequence[Job], machine: Machine, settings: Settings, deadline: float = math.inf) -> list[Row]:
+def run(
+    jobs: Sequence[Job],
+    machine: Machine,
+    settings: Settings,
+    deadline: float = math.inf,
+    watch: Watch | None = None,
+) -> list[Row]:
     """Measure the jobs in order and append their rows; returns the rows of all jobs, old ones included.
 
     Args:
@@ -66,33 +91,55 @@ def run(jobs: Sequence[Job], machine: Machine, settings: Settings, deadline: flo
         machine: where.
         settings: how.
         deadline: of `time.monotonic()`; a job that would probably end later is left for the next run.
+        watch: is told of each job; a progress bar if None.
+
+    Raises:
+        DeviceLost: the GPU is of no more use to this process; a row says why.
     """
     rows: list[Row] = []
     stamp = machine.stamp()
     known = _known_rows(jobs, machine, settings)
     factor = 1.0  # by which the worst job so far took longer than expected
-    left = 0
-    with tqdm(jobs, unit="case", dynamic_ncols=True) as bar:
-        for grid, case in bar:
-            bar.set_description(f"{grid.name} {'x'.join(map(str, case.shape))} {case.dtype}")
-            row = {"op": grid.name, "shape": list(case.shape), "dtype": case.dtype}
-            present = known.get(identity(stamp | row), [])
-            if present and not settings.again:
-                rows += present
-                continue
-            expected = expected_seconds(grid, case, machine, settings)
-            started = time.monotonic()
-            if started + factor * expected > deadline:
-                left += 1
-                continue
-            found = [row | measured for measured in run_case(grid, case, machine, settings)]
-            factor = max(factor, (time.monotonic() - started) / expected)
-            date = datetime.now(UTC).isoformat(timespec="seconds")
-            rows += (found := [measured | stamp | {"date": date} for measured in found])
-            append_rows(results_path(grid, machine, settings), found)
-    if left:
-        print(f"{left} of {len(jobs)} cases were left out: no time")
+    watch = watch or Watch(jobs)
+    for job in jobs:
+        present = known.get(identity(stamp | job_row(job)), [])
+        if present and not settings.again:
+            rows += present
+            watch.ended(job, present)
+            continue
+        expected = expected_seconds(job.grid, job.case, machine, settings)
+        started = time.monotonic()
+        if started + factor * expected > deadline:
+            watch.ended(job, [])
+            continue
+        watch.started(job, expected)
+        lost: DeviceLost | None = None
+        try:
+            found = run_case(job.grid, job.case, machine, settings)
+        except DeviceLost as error:
+            lost, found = error, [_failed(error.name, error)]
+        if machine.device.type == "cuda" and lost is None:
+            torch.cuda.empty_cache()
+        factor = max(factor, (time.monotonic() - started) / expected)
+        found = stamped(job, machine, stamp, found)
+        append_rows(results_path(job.grid, machine, settings), found)
+        rows += found
+        watch.ended(job, found)
+        if lost is not None:
+            raise lost
+    watch.close()
     return rows
+
+
+def job_row(job: Job) -> Row:
+    """What the rows of a case have in common, wherever it runs."""
+    return {"op": job.grid.name, "shape": list(job.case.shape), "dtype": job.case.dtype}
+
+
+def stamped(job: Job, machine: Machine, stamp: Row, measured: Sequence[Row]) -> list[Row]:
+    """Whole rows: of what, by whom, where and when."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return [job_row(job) | row | stamp | {"date": date} for row in measured]
 
 
 def results_path(grid: Grid, machine: Machine, settings: Settings) -> Path:
@@ -137,8 +184,6 @@ def run_case(grid: Grid, case: Case, machine: Machine, settings: Settings) -> li
     finally:
         torch.set_float32_matmul_precision("highest")
         gc.collect()
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _skipped(reason: str) -> list[Row]:
@@ -156,12 +201,20 @@ def _gate_and_measure(grid: Grid, case: Case, machine: Machine, settings: Settin
     leaves = require_gradients(grid, inputs)
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
-    for name, contender in grid.contenders().items():
+    contenders = {
+        name: contender for name, contender in grid.contenders().items() if machine.device.type in contender.devices
+    }
+    for name, contender in contenders.items():
         try:
-            step = Step(contender(inputs), leaves)
-            errors = relative_errors(step(), truth)
+            given, expected = inputs, truth
+            if contender.own is not None:
+                given = contender.own(inputs)
+                expected = reference_results(grid, given, torch.float64)
+            step = Step(contender(given), leaves)
+            errors = relative_errors(step(), expected)
         except Exception as error:  # any library may be among the contenders: its row says what it raised
             rows[name] = _failed(name, error)
+            _check_device(name, machine.device)
             continue
         limits = allowed if name == "ours" else [BASELINE_LIMIT] * len(errors)
         correct = all(error <= limit for error, limit in zip(errors, limits, strict=True))
@@ -173,22 +226,43 @@ def _gate_and_measure(grid: Grid, case: Case, machine: Machine, settings: Settin
     del truth
     if "ours" not in steps:
         return list(rows.values())  # no ratio is reported on a red gate
-    times = measure(steps, machine.device, settings.seconds)
     itemsize = DTYPES[case.dtype].itemsize
     bound = 1e3 * machine.seconds(grid.bound(case.shape, itemsize), case.dtype)
-    for name, taken in times.items():
-        rows[name] |= {
-            "median_ms": taken.median,
-            "p20_ms": taken.p20,
-            "p80_ms": taken.p80,
-            "host_ms": taken.host,
-            "repeats": taken.repeats,
-            "timing": taken.how,
-            "ratio_to_ours": taken.median / times["ours"].median,
-            "peak_mib": peak_mib(steps[name], machine.device),
-            "bound_ms": bound,
-        }
+    for times in _timed_alike(contenders, steps, machine.device, settings):
+        for name, taken in times.items():
+            if "median_ms" in rows[name]:
+                continue
+            rows[name] |= {
+                "median_ms": taken.median,
+                "p20_ms": taken.p20,
+                "p80_ms": taken.p80,
+                "host_ms": taken.host,
+                "repeats": taken.repeats,
+                "timing": taken.how,
+                "ratio_to_ours": taken.median / times["ours"].median,
+                "peak_mib": peak_mib(steps[name], machine.device),
+                "bound_ms": bound,
+            }
     return list(rows.values())
+
+
+def _timed_alike(
+    contenders: Mapping[str, Contender], steps: Mapping[str, Step], device: torch.device, settings: Settings
+) -> Iterator[dict[str, Times]]:
+    """Times of all steps, in groups that are each timed in one way; ours is in every group."""
+    graph = device.type == "cuda" and contenders["ours"].captured
+    alike = {name: step for name, step in steps.items() if not graph or contenders[name].captured}
+    yield measure(alike, device, settings.seconds, graph)
+    if others := {name: step for name, step in steps.items() if name not in alike}:
+        yield measure({"ours": steps["ours"]} | others, device, settings.seconds, graph=False)
+
+
+def _check_device(name: str, device: torch.device) -> None:
+    """Raise `DeviceLost` if what a contender did has left the GPU without use."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLost(name, "the GPU is lost to the process", error) from error
 
 
 def _failed(name: str, error: Exception) -> Row:

@@ -1,6 +1,7 @@
 """Times of several contenders, interleaved, and the memory each one needs."""
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,13 +29,32 @@ class Times:
     how: str  # "wall", "graph": GPU time of a CUDA graph's replay, "events": GPU time of ordinary launches
 
 
-def measure(steps: Mapping[str, Step], device: torch.device, seconds: float) -> dict[str, Times]:
-    """Time every step, which has run before, in turns, for about `seconds` a step."""
+class DeviceLost(RuntimeError):
+    """Something went wrong after which nothing more is to be done on the GPU in this process."""
+
+    def __init__(self, name: str, what: str, error: Exception) -> None:
+        super().__init__(f"{what}: {error}")
+        self.name = name  # of the contender
+
+
+def measure(steps: Mapping[str, Step], device: torch.device, seconds: float, graph: bool = True) -> dict[str, Times]:
+    """Time every step, which has run before, in turns, for about `seconds` a step.
+
+    Args:
+        steps: what to time, in the same way each.
+        device: where.
+        seconds: for each.
+        graph: on a GPU, replay CUDA graphs of the steps; otherwise launch them.
+
+    Raises:
+        DeviceLost: a graph cannot hold one of the steps.
+    """
     gc.collect()
-    return (_measure_cuda if device.type == "cuda" else _measure_cpu)(steps, device, seconds)
+    return _measure_cuda(steps, device, seconds, graph) if device.type == "cuda" else _measure_cpu(steps, seconds)
 
 
-def _measure_cpu(steps: Mapping[str, Step], device: torch.device, seconds: float) -> dict[str, Times]:
+def _measure_cpu(steps: Mapping[str, Step], seconds: float) -> dict[str, Times]:
+    device = torch.device("cpu")
     repeats = _repeats(sum(_wall(step, device) for step in steps.values()), seconds * len(steps))
     walls: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
@@ -43,41 +63,52 @@ def _measure_cpu(steps: Mapping[str, Step], device: torch.device, seconds: float
     return {name: _times(wall, None, "wall") for name, wall in walls.items()}
 
 
-def _measure_cuda(steps: Mapping[str, Step], device: torch.device, seconds: float) -> dict[str, Times]:
-    """GPU time of graph replays from a cold L2 cache, and the host's time for an ordinary call."""
-    replays = {name: _capture(step) for name, step in steps.items()}
+def _measure_cuda(steps: Mapping[str, Step], device: torch.device, seconds: float, graph: bool) -> dict[str, Times]:
+    """GPU time from a cold L2 cache, and the host's time for an ordinary call."""
+    timed = {name: _capture(name, step) for name, step in steps.items()} if graph else dict(steps)
+    hosts = {name: _host_milliseconds(step, device) for name, step in steps.items()}
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
-    once = sum(_wall(replay or steps[name], device) for name, replay in replays.items())
-    repeats = _repeats(once, seconds * len(steps))
+    # The GPU is kept busy until the host has launched everything, so that no gap between launches is timed.
+    ahead = 0.1 if graph else 1.5 * max(hosts.values())
+    flushes = 1 + math.ceil(1e-3 * ahead / _wall(flush.zero_, device))
+    repeats = _repeats(sum(_wall(step, device) for step in timed.values()), seconds * len(steps))
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in steps}
     for _ in range(repeats):
-        for name, replay in replays.items():
+        for name, step in timed.items():
             start, end = _event(), _event()
-            flush.zero_()  # also keeps the GPU busy until the replay is queued, so no launch gap is timed
+            for _ in range(flushes):
+                flush.zero_()
             start.record()
-            (replay or steps[name])()
+            step()
             end.record()
             marks[name].append((start, end))
     synchronize(device)
-    times = {}
-    for name, replay in replays.items():
-        spans = [start.elapsed_time(end) for start, end in marks[name]]
-        hosts = []
-        for _ in range(min(repeats, 20)):
-            synchronize(device)
-            start_time = time.perf_counter()
-            steps[name]()
-            hosts.append(1e3 * (time.perf_counter() - start_time))
-        times[name] = _times(spans, statistics.median(hosts), "graph" if replay else "events")
-    return times
+    return {
+        name: _times(
+            [start.elapsed_time(end) for start, end in marks[name]], hosts[name], "graph" if graph else "events"
+        )
+        for name in timed
+    }
+
+
+def _host_milliseconds(step: Step, device: torch.device) -> float:
+    """Until an ordinary call returns on an idle GPU."""
+    spans = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        spans.append(1e3 * (time.perf_counter() - start))
+    synchronize(device)
+    return statistics.median(spans)
 
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _capture(step: Step) -> Step | None:
-    """Replays the step as a CUDA graph; None if it cannot be captured, because it waits for the GPU."""
+def _capture(name: str, step: Step) -> Step:
+    """Replays the step as a CUDA graph."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -88,9 +119,8 @@ def _capture(step: Step) -> Step | None:
     try:
         with torch.cuda.graph(graph):
             step()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    except RuntimeError as error:
+        raise DeviceLost(name, "no CUDA graph can hold it, which is to be declared", error) from error
     return graph.replay
 
 

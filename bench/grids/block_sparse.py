@@ -1,5 +1,6 @@
 """The block-sparse linear map in inference, against the dense product of the same weight and torch's BSR layout."""
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.grid import Call, Contender, Grid, Work, direct
-from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
+from sdp_kernels.block_sparse_linear.matrix import BlockLists, BlockSparseMatrix
 from sdp_kernels.block_sparse_linear.spec import SPEC
 from sdp_kernels.spec import Inputs, Shape
 
@@ -43,13 +44,33 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     keep = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
     keep[torch.randperm(keep.numel())[: max(1, round(density / 100 * keep.numel()))]] = True
     mask = keep.view(grid).repeat_interleave(height, 0).repeat_interleave(width, 1)
-    pattern = BlockSparseMatrix.from_dense(torch.randn(outputs, columns), (height, width), mask).to(device, dtype)
+    weight = torch.randn(outputs, columns, device=device)
+    pattern = BlockSparseMatrix.from_dense(weight, (height, width), mask.to(device)).to(device, dtype)
     return {
-        "input": torch.randn(tokens, columns).to(device, dtype),
+        "input": torch.randn(tokens, columns, device=device).to(dtype),
         "values": pattern.values,
         "pattern": pattern,
-        "bias": torch.randn(outputs).to(device, dtype),
+        "bias": torch.randn(outputs, device=device).to(dtype),
     }
+
+
+def outlines(shape: Shape, dtype: torch.dtype) -> Inputs:
+    """The sizes and dtypes of `inputs`, without values."""
+    tokens, columns, outputs, height, width, density = shape
+    rows, across = outputs // height, columns // width
+    blocks = max(1, round(density / 100 * rows * across))
+    indices = partial(torch.empty, dtype=torch.int32, device="meta")
+    features = partial(torch.empty, dtype=dtype, device="meta")
+    sizes = blocks, rows, across + 1, blocks, blocks, across
+    pattern = BlockSparseMatrix(
+        features(blocks, height, width),
+        indices(rows + 1),
+        indices(blocks),
+        (outputs, columns),
+        (height, width),
+        BlockLists(*map(indices, sizes)),
+    )
+    return {"input": features(tokens, columns), "values": pattern.values, "pattern": pattern, "bias": features(outputs)}
 
 
 def dense(dtype: torch.dtype | None = None, compile: bool = False) -> Contender:
@@ -64,7 +85,7 @@ def dense(dtype: torch.dtype | None = None, compile: bool = False) -> Contender:
             function = torch.compile(_linear, fullgraph=True, dynamic=False)
         return partial(function, *tensors)
 
-    return prepare
+    return Contender(prepare)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -73,21 +94,56 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def torch_bsr(inputs: Inputs) -> Call:
     """F.linear with torch's own blocked layout."""
+    return partial(F.linear, inputs["input"], _bsr(inputs), inputs["bias"])
+
+
+def _bsr(inputs: Inputs) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
-        weight = inputs["pattern"].to_torch_bsr()
+        weight: Tensor = inputs["pattern"].to_torch_bsr()
+    return weight
+
+
+def two_of_four(inputs: Inputs) -> Inputs:
+    """Inputs whose weight keeps two of four neighbours in every block: all that the 2:4 layout can hold."""
+    pattern = inputs["pattern"]
+    groups = torch.randn(pattern.shape, device=pattern.values.device).to(pattern.values.dtype).view(-1, 4)
+    weakest = groups.abs().topk(2, largest=False).indices
+    weight = groups.scatter(1, weakest, 0).view(pattern.shape)
+    whole = BlockSparseMatrix.from_dense(weight, pattern.block_shape)
+    return inputs | {"values": whole.values, "pattern": whole}
+
+
+def torch_semi_structured(inputs: Inputs) -> Call:
+    """F.linear with torch's 2:4 layout, whose products cost half of dense ones at best."""
+    weight = torch.sparse.to_sparse_semi_structured(inputs["pattern"].to_dense())
     return partial(F.linear, inputs["input"], weight, inputs["bias"])
 
 
+def nvmath_ust(inputs: Inputs) -> Call:
+    """F.linear with the same blocks as NVIDIA's universal sparse tensor, https://docs.nvidia.com/cuda/nvmath-python."""
+    from nvmath.sparse.ust.interfaces.torch_interface import TorchUST  # type: ignore[import-not-found,unused-ignore]
+
+    weight = TorchUST.from_torch(_bsr(inputs))
+    return lambda: F.linear(inputs["input"], weight) + inputs["bias"]
+
+
 def contenders() -> Mapping[str, Contender]:
-    """Ours, and the dense product: in the same dtype, compiled, in bfloat16; and torch's BSR layout."""
-    return {
+    """Ours, and the dense product: in the same dtype, compiled, in bfloat16; and the sparse layouts of others.
+
+    Whether a CUDA graph can hold those is not promised anywhere.
+    """
+    found = {
         "ours": direct(SPEC.op),
         "eager": dense(),
         "compile": dense(compile=True),
         "dense_bf16": dense(torch.bfloat16),
-        "torch_bsr": torch_bsr,
+        "torch_bsr": Contender(torch_bsr, captured=False),
+        "torch_2_4": Contender(torch_semi_structured, captured=False, devices=("cuda",), own=two_of_four),
     }
+    if importlib.util.find_spec("nvmath") is not None:
+        found["nvmath_ust"] = Contender(nvmath_ust, captured=False, devices=("cuda",))
+    return found
 
 
 def _bound(shape: Shape, itemsize: int) -> Work:
@@ -110,5 +166,7 @@ GRID = Grid(
     contenders=contenders,
     bound=_bound,
     heaviest=_heaviest,
+    telling=len(TELLING),
+    outlines=outlines,
     dtypes={"cpu": ("fp32",), "cuda": ("bf16", "fp32")},
 )

@@ -38,7 +38,7 @@ def contenders() -> Mapping[str, Contender]:
     found = {"ours": direct(SPEC.op), "eager": direct(eager), "compile": compiled(eager)}
     lightly = load_lightly()
     if lightly is not None:
-        found["lightly"] = lambda inputs: lambda: lightly(inputs["student"], inputs["teacher"])
+        found["lightly"] = Contender(lambda inputs: lambda: lightly(inputs["student"], inputs["teacher"]))
     return found
 
 
@@ -76,4 +76,5 @@ GRID = Grid(
     bound=lambda shape, itemsize: Work(SPEC.flops(shape), SPEC.bytes(shape, itemsize), 0),
     heaviest=_heaviest,
     grad_args=("student",),
+    telling=len(TELLING),
 )

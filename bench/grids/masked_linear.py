@@ -48,6 +48,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
         "input": torch.randn(tokens, columns, device=device).to(dtype),
         "weight": weight.to(dtype),
         "mask": mask,
+        "bias": torch.randn(outputs, device=device).to(dtype),
     }
 
 
@@ -64,14 +65,14 @@ class _MaskGradient(torch.autograd.Function):
         return gradient.mul_(ctx.mask), None
 
 
-def multiplied(input: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+def multiplied(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
     """What everyone writes."""
-    return F.linear(input, weight * mask)
+    return F.linear(input, weight * mask, bias)
 
 
-def zeroed(input: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+def zeroed(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
     """A dense product with the zeros in place; what is masked is the gradient, where `zero_` would mask the weight."""
-    return F.linear(input, _MaskGradient.apply(weight, mask))  # type: ignore[no-untyped-call]
+    return F.linear(input, _MaskGradient.apply(weight, mask), bias)  # type: ignore[no-untyped-call]
 
 
 def contenders() -> Mapping[str, Contender]:
@@ -80,9 +81,9 @@ def contenders() -> Mapping[str, Contender]:
     def with_dense_mask(function: Any) -> Contender:
         def prepare(inputs: Inputs) -> Any:
             mask = inputs["mask"].to_bool().to(inputs["weight"].dtype)
-            return partial(function, inputs["input"], inputs["weight"], mask)
+            return partial(function, inputs["input"], inputs["weight"], mask, inputs["bias"])
 
-        return prepare
+        return Contender(prepare)
 
     def compile_it(inputs: Inputs) -> Any:
         return with_dense_mask(torch.compile(multiplied, fullgraph=True, dynamic=False))(inputs)
@@ -91,7 +92,7 @@ def contenders() -> Mapping[str, Contender]:
         "ours": direct(masked_linear),
         "eager": with_dense_mask(multiplied),
         "zeroed": with_dense_mask(zeroed),
-        "compile": compile_it,
+        "compile": Contender(compile_it),
     }
 
 
@@ -117,5 +118,6 @@ GRID = Grid(
     contenders=contenders,
     bound=_bound,
     heaviest=_heaviest,
-    grad_args=("input", "weight"),
+    grad_args=("input", "weight", "bias"),
+    telling=len(TELLING),
 )

@@ -106,7 +106,7 @@ def product(
             output,
             output.numel(),
             out_features,
-            SPLITS=splits,
+            splits,
             BLOCK=FINISH_BLOCK,
             **epilogue,
         )
@@ -246,14 +246,14 @@ def _product_kernel(
     tl.store(place, sums.to(output.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["elements"])
+@triton.jit(do_not_specialize=["elements", "splits"])
 def _finish_kernel(
-    sums,  # (SPLITS, tokens, out) float32
+    sums,  # (splits, tokens, out) float32
     bias,  # (out,), read if HAS_BIAS
     output,  # (tokens, out)
     elements,
     out_features,
-    SPLITS: tl.constexpr,
+    splits,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -262,7 +262,7 @@ def _finish_kernel(
     inside = index < elements
     total = tl.zeros((BLOCK,), tl.float32)
     place = sums + index
-    for _ in tl.static_range(SPLITS):
+    for _ in range(0, splits):
         total += tl.load(place, mask=inside, other=0.0)
         place += elements
     if HAS_BIAS:
@@ -316,7 +316,9 @@ def configurations(capability: int = 120) -> Iterator[KernelConfig]:
     """The kernels as they are launched on a capability; by default on the one with the least shared memory."""
     for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
         indices = dict.fromkeys(("offsets", "columns", "positions", "order", "block_rows"), "*i32")
-        sizes = dict.fromkeys(("tokens", "in_features", "out_features", "lines", "group_tiles", "elements"), "i32")
+        sizes = dict.fromkeys(
+            ("tokens", "in_features", "out_features", "lines", "group_tiles", "elements", "splits"), "i32"
+        )
         floats = dict.fromkeys(("input", "values", "bias", "output", "gradient"), f"*{name}")
         types = {**indices, **sizes, **floats, "sums": "*fp32"}
         half = dtype != torch.float32
@@ -349,5 +351,5 @@ def configurations(capability: int = 120) -> Iterator[KernelConfig]:
             warps = values_warps(block_shape)
             yield KernelConfig(_values_kernel, types, {**sides, **precision}, warps, 2, tensor_cores=half)
         for activation in ("none", "relu", "gelu", "gelu_tanh", "silu"):
-            constants = {"SPLITS": 4, "HAS_BIAS": True, "ACTIVATION": activation, "BLOCK": FINISH_BLOCK}
+            constants = {"HAS_BIAS": True, "ACTIVATION": activation, "BLOCK": FINISH_BLOCK}
             yield KernelConfig(_finish_kernel, types, constants)

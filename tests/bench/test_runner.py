@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import bench.__main__
-from bench.grid import Case, Grid, Work, direct
+from bench.grid import Case, Contender, Grid, Work, direct
 from bench.machine import Machine
 from bench.results import read_rows
 from bench.runner import Job, Settings, results_path, run, run_case
+from bench.timing import DeviceLost, Times
 
 
 def squares(x: Tensor) -> Tensor:
@@ -141,6 +142,67 @@ def test_rows_say_where_they_come_from(machine: Machine, settings: Settings) -> 
     assert row["torch"] == torch.__version__
     assert (row["op"], row["shape"], row["dtype"], row["threads"]) == ("squares", [4, 3], "fp32", 1)
     assert {"triton", "python", "commit", "code", "date"} <= row.keys()
+
+
+@pytest.mark.parametrize("ours_captured", [True, False])
+def test_both_sides_of_a_ratio_are_timed_in_the_same_way(
+    ours_captured: bool, machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose clock is replaced: graphs take 1 ms of ours and 2 of others, launches 10 times as long."""
+    measured = []
+
+    def clock(steps: Any, device: Any, seconds: float, graph: bool) -> dict[str, Times]:
+        measured.append((list(steps), graph))
+        scale = 1.0 if graph else 10.0
+        spans = {name: scale * (1 if name == "ours" else 2) for name in steps}
+        how = "graph" if graph else "events"
+        return {name: Times(span, span, span, span, 5, how) for name, span in spans.items()}
+
+    monkeypatch.setattr("bench.runner.measure", clock)
+    monkeypatch.setattr("bench.runner.peak_mib", lambda *_: 0.0)
+    contenders = {
+        "ours": direct(squares, captured=ours_captured),
+        "eager": direct(squares),
+        "waits": direct(squares, captured=False),
+        "elsewhere": replace(direct(raising), devices=("cpu",)),
+    }
+    grid = replace(grid_of(squares), contenders=lambda: contenders, inputs=lambda shape, *_: {"x": torch.ones(shape)})
+    on_gpu = replace(machine, device=torch.device("cuda"))
+    monkeypatch.setattr("bench.runner.synchronize", lambda device: None)
+    rows = {row["contender"]: row for row in run_case(grid, CASE, on_gpu, settings)}
+    assert rows.keys() == {"ours", "eager", "waits"}
+    if ours_captured:
+        assert measured == [(["ours", "eager"], True), (["ours", "waits"], False)]
+        assert [row["timing"] for row in rows.values()] == ["graph", "graph", "events"]
+    else:
+        assert measured == [(["ours", "eager", "waits"], False)]
+    assert rows["eager"]["ratio_to_ours"] == rows["waits"]["ratio_to_ours"] == 2.0
+
+
+def test_a_contender_may_compute_with_values_of_its_own(machine: Machine, settings: Settings) -> None:
+    doubled = Contender(direct(squares).prepare, own=lambda inputs: {"x": 2 * inputs["x"]})
+    wrong = Contender(direct(wrong_value).prepare, own=lambda inputs: {"x": torch.zeros_like(inputs["x"]) + 5})
+    found = {"ours": direct(squares), "doubled": doubled, "wrong": wrong}
+    grid = replace(grid_of(squares), contenders=lambda: found, grad_args=())
+    rows = {row["contender"]: row for row in run_case(grid, CASE, machine, settings)}
+    assert rows["doubled"]["correct"]
+    assert rows["doubled"]["error"] < 1e-5
+    assert rows["wrong"]["error"] == pytest.approx(0.01, rel=1e-3), "judged on its own values"
+
+
+def test_a_lost_device_ends_the_run_after_its_row(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    grid = grid_of(raising, eager=squares)
+    jobs = [Job(grid, case) for case in grid.cases("cpu")]
+    monkeypatch.setattr("bench.runner.synchronize", lose)
+    with pytest.raises(DeviceLost, match="lost to the process: CUDA error: an illegal memory access"):
+        run(jobs, machine, settings)
+    (row,) = read_rows(results_path(grid, machine, settings))
+    assert (row["contender"], row["correct"], row["shape"]) == ("ours", False, [4, 3])
 
 
 @pytest.mark.parametrize(("ours", "status"), [(squares, 0), (wrong_value, 1)])
