@@ -22,7 +22,7 @@ from sdp_kernels.compile_ahead import recorded, target_gpu
 
 SHAPES = {
     "block_sparse": [(5, 64, 96, 16, 32, 50), (300, 128, 64, 64, 64, 100)],
-    "masked_linear": [(5, 64, 96, 50, 0), (300, 64, 128, 25, 32), (300, 96, 64, 100, 32)],
+    "masked_linear": [(5, 64, 96, 50, 0), (300, 64, 128, 10, 32), (300, 96, 64, 100, 32)],
     "training_step": [(40, 64, 128, 1, 25, 32)],
     "cross_correlation": [(20, 96), (200, 96), (40, 700)],
     "kl_divergence": [(7, 5), (7, 5000)],
@@ -60,4 +60,4 @@ def test_rehearsed_launches_are_those_of_real_tensors() -> None:
         [sys.executable, "-c", COMPARE], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) >= 17
+    assert len(done.stdout.splitlines()) == 16
