@@ -1,19 +1,42 @@
 """Fixtures of the kernel tests."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.sdp_kernels.rehearsal import DEVICE, Rehearsal
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+@pytest.fixture(autouse=True)
+def _rehearsal(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let there be a pretended GPU for a test that would use a real one."""
+    item = request.node
+    if torch.cuda.is_available() or not runs_kernels(item):
+        yield
+        return
+    with Rehearsal():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor's CUDA, which a torch without CUDA knows nothing of, captures no graphs."""
+    if torch.cuda.is_available() and not torch.backends.cuda.is_built():
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
 @pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The GPU, or the pretended one; a test whose kernels it forces must have its tensors there."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return DEVICE if runs_kernels(request.node) else torch.device("cpu")
 
 
 @pytest.fixture
@@ -24,19 +47,24 @@ def triton_backend() -> str:
     return "triton"
 
 
-# The executor of Triton's intermediate code follows no addresses kept in memory (alignment) and no fake tensors
-# (registration, compilation), and has no room for tests of memory beyond 2**31 entries.
-BEYOND_EXECUTOR = ("alignment", "registered", "compile", "32_bits")
+# The executor of Triton's intermediate code follows no addresses kept in memory (alignment, zeroing) and no fake
+# tensors (registration, compilation), and has no room for tests of memory beyond 2**31 entries.
+BEYOND_EXECUTOR = ("alignment", "zeroing", "registered", "compile", "32_bits")
+
+
+def runs_kernels(item: pytest.Item) -> bool:
+    """Whether a test forces the backend "triton"."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return "triton_backend" in getattr(item, "fixturenames", ()) or "triton" in map(str, parameters)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that run kernels for the executor, see tests/README.md; skip them without Triton."""
     for item in items:
-        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        runs_kernels = "triton_backend" in getattr(item, "fixturenames", ()) or "triton" in map(str, parameters)
-        if runs_kernels and not TRITON_INSTALLED:
+        forced = runs_kernels(item)
+        if forced and not TRITON_INSTALLED:
             item.add_marker(pytest.mark.skip(reason="triton is not installed"))
-        if runs_kernels and not any(word in item.nodeid for word in BEYOND_EXECUTOR):
+        if forced and not any(word in item.nodeid for word in BEYOND_EXECUTOR):
             item.add_marker("executor")
 
 

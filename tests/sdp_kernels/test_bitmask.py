@@ -171,11 +171,12 @@ def test_knows_whether_lists_are_worthwhile(side: int, kept: int, expected: bool
     assert told.mostly_kept == expected
 
 
-def test_a_mask_mostly_kept_is_multiplied_densely(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_mostly_kept_is_multiplied_densely(
+    device: torch.device, triton_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where tokens are many; few walk along the kept blocks all the same."""
     from sdp_kernels.masked_linear import kernel
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     walks: list[int] = []
     product = kernel.blocks_product
     monkeypatch.setattr(kernel, "blocks_product", lambda *args: walks.append(1) or product(*args))

@@ -62,19 +62,22 @@ def test_path_overrules_the_estimate(dense_products: list[int]) -> None:
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_both_paths_give_the_same(backend: str, activation: Any, request: pytest.FixtureRequest) -> None:
+def test_both_paths_give_the_same(
+    backend: str, activation: Any, device: torch.device, request: pytest.FixtureRequest
+) -> None:
     if backend == "triton":
         request.getfixturevalue("triton_backend")
-    matrix = matrix_of(0.8, (16, 32))
-    bias = torch.randn(matrix.shape[0], requires_grad=True)
+    place = device if backend == "triton" else torch.device("cpu")
+    matrix = matrix_of(0.8, (16, 32)).to(place)
+    bias = torch.randn(matrix.shape[0], device=place, requires_grad=True)
     found = []
     for path in ("sparse", "dense"):
         torch.manual_seed(1)
-        input = torch.randn(2, 3, matrix.shape[1], requires_grad=True)
+        input = torch.randn(2, 3, matrix.shape[1], device=place, requires_grad=True)
         values = matrix.values.clone().requires_grad_()
         with use_backend(backend):
             output = block_sparse_linear(input, replace(matrix, values=values), bias, activation=activation, path=path)
-        gradients = torch.autograd.grad((output * torch.randn(output.shape)).sum(), (input, values, bias))
+        gradients = torch.autograd.grad((output * torch.randn_like(output)).sum(), (input, values, bias))
         found.append([output, *gradients])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
 

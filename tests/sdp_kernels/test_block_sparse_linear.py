@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from sdp_kernels import BlockSparseMatrix, block_sparse_linear, masked_linear, use_backend
 from sdp_kernels.block_sparse_linear import cpu, launch
+from tests.sdp_kernels.rehearsal import aside
 
 BLOCK_SHAPES = [(16, 16), (32, 32), (64, 64), (128, 128), (128, 32), (64, 32), (16, 64), (8, 24)]
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -46,14 +47,24 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return "reference" if request.param == "reference" else "cpu"
 
 
+@pytest.fixture
+def place(engine: str, device: torch.device) -> torch.device:
+    """Where tensors must lie for `engine`."""
+    return device if engine == "triton" else torch.device("cpu")
+
+
 def case(
-    tokens: int, shape: tuple[int, int], block_shape: tuple[int, int], density: float = 0.4
+    tokens: int,
+    shape: tuple[int, int],
+    block_shape: tuple[int, int],
+    density: float = 0.4,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, BlockSparseMatrix, Tensor]:
     rows, columns = (-(-size // side) for size, side in zip(shape, block_shape, strict=True))
     kept = torch.rand(rows, columns) < density
     mask = kept.repeat_interleave(block_shape[0], 0).repeat_interleave(block_shape[1], 1)[: shape[0], : shape[1]]
     matrix = BlockSparseMatrix.from_dense(torch.randn(shape), block_shape, mask)
-    return torch.randn(tokens, shape[1]), matrix, torch.randn(shape[0])
+    return torch.randn(tokens, shape[1]).to(device), matrix.to(device), torch.randn(shape[0]).to(device)
 
 
 def assert_near(got: Tensor, expected: Tensor) -> None:
@@ -74,7 +85,7 @@ def assert_is_dense(input: Tensor, matrix: BlockSparseMatrix, bias: Tensor | Non
     expected = F.linear(dense[0], replace(matrix, values=dense[1]).to_dense(), double_bias)
     assert_near(got, expected)
     assert got.is_contiguous()
-    cotangent = torch.randn(got.shape)
+    cotangent = torch.randn_like(got)
     got.backward(cotangent)
     expected.backward(cotangent.double())
     for leaf, other in zip([*leaves, bias_leaf], [*dense, double_bias], strict=True):
@@ -90,24 +101,26 @@ def skip_if_refused(engine: str, block_shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("block_shape", BLOCK_SHAPES)
 @pytest.mark.usefixtures("nan_filled_memory")
-def test_equals_dense_for_blocks_that_fit(engine: str, block_shape: tuple[int, int]) -> None:
+def test_equals_dense_for_blocks_that_fit(engine: str, place: torch.device, block_shape: tuple[int, int]) -> None:
     skip_if_refused(engine, block_shape)
     height, width = block_shape
-    assert_is_dense(*case(21, (2 * height, 3 * width), block_shape), engine)
+    assert_is_dense(*case(21, (2 * height, 3 * width), block_shape, device=place), engine)
 
 
 @pytest.mark.parametrize("block_shape", BLOCK_SHAPES)
 @pytest.mark.usefixtures("nan_filled_memory")
-def test_equals_dense_for_blocks_that_do_not_fit(engine: str, block_shape: tuple[int, int]) -> None:
+def test_equals_dense_for_blocks_that_do_not_fit(
+    engine: str, place: torch.device, block_shape: tuple[int, int]
+) -> None:
     skip_if_refused(engine, block_shape)
     height, width = block_shape
-    assert_is_dense(*case(5, (2 * height + 7, 2 * width - 5), block_shape, 0.7), engine)
+    assert_is_dense(*case(5, (2 * height + 7, 2 * width - 5), block_shape, 0.7, place), engine)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 4, 9, 12, 13, 24, 67])
 @pytest.mark.usefixtures("nan_filled_memory")
-def test_any_number_of_tokens(engine: str, tokens: int) -> None:
-    assert_is_dense(*case(tokens, (96, 80), (32, 16)), engine)
+def test_any_number_of_tokens(engine: str, place: torch.device, tokens: int) -> None:
+    assert_is_dense(*case(tokens, (96, 80), (32, 16), device=place), engine)
 
 
 @pytest.mark.parametrize(
@@ -122,17 +135,17 @@ def test_any_number_of_tokens(engine: str, tokens: int) -> None:
     ids=["none", "all", "one", "one row", "one column"],
 )
 @pytest.mark.usefixtures("nan_filled_memory")
-def test_empty_and_full_rows_and_columns(engine: str, kept: Tensor) -> None:
+def test_empty_and_full_rows_and_columns(engine: str, place: torch.device, kept: Tensor) -> None:
     mask = kept.repeat_interleave(16, 0).repeat_interleave(32, 1)
-    matrix = BlockSparseMatrix.from_dense(torch.randn(48, 128), (16, 32), mask)
-    assert_is_dense(torch.randn(7, 128), matrix, torch.randn(48), engine)
-    assert_is_dense(torch.randn(7, 128), matrix, None, engine)
+    matrix = BlockSparseMatrix.from_dense(torch.randn(48, 128), (16, 32), mask).to(place)
+    for bias in (torch.randn(48, device=place), None):
+        assert_is_dense(torch.randn(7, 128, device=place), matrix, bias, engine)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_activations(engine: str, activation: Any, with_bias: bool) -> None:
-    input, matrix, bias = case(13, (64, 48), (32, 16))
+def test_activations(engine: str, place: torch.device, activation: Any, with_bias: bool) -> None:
+    input, matrix, bias = case(13, (64, 48), (32, 16), device=place)
     bias_used = bias if with_bias else None
     expected = ACTIVATIONS[activation](F.linear(input, matrix.to_dense(), bias_used))
     with use_backend(engine):
@@ -149,17 +162,17 @@ def test_activations(engine: str, activation: Any, with_bias: bool) -> None:
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 0, 3)])
-def test_leading_dimensions_are_restored(engine: str, lead: tuple[int, ...]) -> None:
-    _, matrix, bias = case(1, (32, 48), (16, 16))
-    input = torch.randn(*lead, 48)
+def test_leading_dimensions_are_restored(engine: str, place: torch.device, lead: tuple[int, ...]) -> None:
+    _, matrix, bias = case(1, (32, 48), (16, 16), device=place)
+    input = torch.randn(*lead, 48, device=place)
     with use_backend(engine):
         output = sparse_linear(input, matrix, bias)
     assert output.shape == (*lead, 32)
     assert_near(output, F.linear(input, matrix.to_dense(), bias))
 
 
-def test_strided_inputs(engine: str) -> None:
-    input, matrix, bias = case(20, (64, 64), (32, 32))
+def test_strided_inputs(engine: str, place: torch.device) -> None:
+    input, matrix, bias = case(20, (64, 64), (32, 32), device=place)
     expected = F.linear(input, matrix.to_dense(), bias)
     strided = [input.T.contiguous().T, torch.cat((input, input), 1)[:, :64], input.repeat_interleave(2, 0)[::2]]
     values = replace(matrix, values=matrix.values.transpose(1, 2).contiguous().transpose(1, 2))
@@ -171,23 +184,22 @@ def test_strided_inputs(engine: str) -> None:
     assert_near(expanded, expected[:1].expand(20, 64))
 
 
-def test_only_what_asks_gets_a_gradient(engine: str) -> None:
-    input, matrix, bias = case(5, (32, 32), (16, 16))
+def test_only_what_asks_gets_a_gradient(engine: str, place: torch.device) -> None:
+    input, matrix, bias = case(5, (32, 32), (16, 16), device=place)
     with use_backend(engine):
         assert not sparse_linear(input, matrix, bias).requires_grad
         bias.requires_grad_()
         sparse_linear(input, matrix, bias).sum().backward()
         with torch.no_grad():
             assert not sparse_linear(input, matrix, bias, activation="gelu").requires_grad
-    torch.testing.assert_close(bias.grad, torch.full((32,), 5.0))
+    torch.testing.assert_close(bias.grad, torch.full((32,), 5.0, device=place))
     assert input.grad is None
     assert matrix.values.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_that_of_linear(dtype: torch.dtype, device: torch.device) -> None:
-    input, matrix, bias = case(5, (32, 48), (16, 16))
-    input, matrix, bias = input.to(device), matrix.to(device), bias.to(device)
+    input, matrix, bias = case(5, (32, 48), (16, 16), device=device)
     with torch.autocast(device.type, dtype=dtype):
         output = sparse_linear(input, matrix, bias)
         expected = F.linear(input, matrix.to_dense(), bias)
@@ -204,9 +216,8 @@ def test_operators_are_registered_rightly(
 ) -> None:
     if backend == "triton":
         request.getfixturevalue("triton_backend")
-    elif device.type != "cpu":
-        pytest.skip("tensors are on a GPU")
-    input, matrix, bias = case(5, (40, 48), (16, 16))
+    place = device if backend == "triton" else torch.device("cpu")
+    input, matrix, bias = case(5, (40, 48), (16, 16), device=place)
     lists = matrix.lists
     asks = activation is None
     tensors = (input.requires_grad_(asks), matrix.values.requires_grad_(asks), bias.requires_grad_(asks))
@@ -216,7 +227,7 @@ def test_operators_are_registered_rightly(
     torch.library.opcheck(torch.ops.sdp_kernels.block_sparse_linear, arguments)
     plain = tuple(tensor.detach() for tensor in tensors[:2])
     for needs in ((True, True), (True, False), (False, True)):
-        arguments = (torch.randn(5, 40), *plain, *indices, *across, *needs, backend)
+        arguments = (torch.randn(5, 40, device=place), *plain, *indices, *across, *needs, backend)
         torch.library.opcheck(torch.ops.sdp_kernels.block_sparse_linear_backward, arguments)
 
 
@@ -244,12 +255,12 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_who_records_operators_sees_one(engine: str, tokens: int) -> None:
+def test_who_records_operators_sees_one(engine: str, place: torch.device, tokens: int) -> None:
     """The function behind it writes where no recorder looks: a graph would return memory as it is."""
-    input, matrix, bias = case(tokens, (64, 96), (32, 16))
+    input, matrix, bias = case(tokens, (64, 96), (32, 16), device=place)
     other = torch.randn_like(input)
     with use_backend(engine):
-        graph = make_fx(lambda rows: sparse_linear(rows, matrix, bias))(input)
+        graph = aside(make_fx(lambda rows: sparse_linear(rows, matrix, bias)))(input)
         assert_near(graph(other), F.linear(other, matrix.to_dense(), bias))
 
 
@@ -315,10 +326,10 @@ def test_a_forked_process_multiplies_too() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_callers_on_several_threads(engine: str) -> None:
-    if engine == "triton":
+def test_callers_on_several_threads(engine: str, place: torch.device) -> None:
+    if engine == "triton" and place.type == "cpu":
         pytest.skip("Triton's interpreter runs on one thread")
-    input, matrix, bias = case(50, (96, 96), (32, 32))
+    input, matrix, bias = case(50, (96, 96), (32, 32), device=place)
 
     def call(tokens: int) -> Tensor:
         with use_backend(engine):
@@ -357,9 +368,9 @@ def test_engine_of_a_cpu_without_the_widest_registers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_values_beyond_the_shape_are_not_part_of_the_matrix(engine: str) -> None:
-    _, matrix, bias = case(1, (20, 20), (16, 16), 1.0)
-    input = torch.randn(6, 20)
+def test_values_beyond_the_shape_are_not_part_of_the_matrix(engine: str, place: torch.device) -> None:
+    _, matrix, bias = case(1, (20, 20), (16, 16), 1.0, place)
+    input = torch.randn(6, 20, device=place)
     filled = matrix.values.clone()
     filled[1::2, :, 4:] = 1e3
     filled[2:, 4:, :] = 1e3
@@ -389,19 +400,21 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
         sparse_linear(**arguments, activation=activation)
 
 
-def test_kernels_refuse_what_they_cannot_take(triton_backend: str) -> None:
-    input, matrix, bias = case(3, (32, 48), (16, 16))
+def test_kernels_refuse_what_they_cannot_take(device: torch.device, triton_backend: str) -> None:
+    input, matrix, bias = case(3, (32, 48), (16, 16), device=device)
     with use_backend(triton_backend), pytest.raises(NotImplementedError, match=r"dtype torch.float64 is none of"):
         sparse_linear(input.double(), matrix.to(torch.float64), bias.double())
-    input, matrix, bias = case(3, (32, 48), (16, 24))
+    input, matrix, bias = case(3, (32, 48), (16, 24), device=device)
     with use_backend(triton_backend), pytest.raises(NotImplementedError, match=r"a block side of 24 is none of"):
         sparse_linear(input, matrix, bias)
 
 
 @pytest.mark.parametrize("block_shape", [(32, 16), (16, 128), (64, 64)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_few_tokens_share_a_row_of_blocks(triton_backend: str, block_shape: tuple[int, int], activation: Any) -> None:
-    input, matrix, bias = case(5, (128, 1024 + 8), block_shape, 0.6)
+def test_few_tokens_share_a_row_of_blocks(
+    device: torch.device, triton_backend: str, block_shape: tuple[int, int], activation: Any
+) -> None:
+    input, matrix, bias = case(5, (128, 1024 + 8), block_shape, 0.6, device)
     blocks, _, width = matrix.values.shape
     assert launch.choose_splits(8, blocks * width / (matrix.grid[0] * launch.STEP), 132) > 1
     with use_backend(triton_backend):
@@ -411,11 +424,11 @@ def test_few_tokens_share_a_row_of_blocks(triton_backend: str, block_shape: tupl
     assert torch.equal(got, again)
 
 
-def test_token_tiles_run_in_groups(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_tiles_run_in_groups(device: torch.device, triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sdp_kernels.block_sparse_linear import kernel
 
     monkeypatch.setattr(kernel, "GROUP_BYTES", 2 * 64 * 32 * 4)
-    assert_is_dense(*case(300, (64, 32), (16, 16)), triton_backend)
+    assert_is_dense(*case(300, (64, 32), (16, 16), device=device), triton_backend)
 
 
 def test_launches_fill_the_device_and_fit_into_it() -> None:

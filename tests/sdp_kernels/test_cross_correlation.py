@@ -14,6 +14,14 @@ FORMS = ("gram", "matrix")
 TARGETS = ("identity", "teacher")
 
 
+@pytest.fixture
+def place(backend: str, device: torch.device, request: pytest.FixtureRequest) -> torch.device:
+    """Where tensors must lie for the backend that a test takes as parameter."""
+    if backend == "triton":
+        request.getfixturevalue("triton_backend")
+    return device if backend == "triton" else torch.device("cpu")
+
+
 def features(batch: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     teacher = torch.randn(batch, dim, dtype=torch.float64) + torch.randn(dim, dtype=torch.float64)
     student = 0.7 * teacher + 0.5 * torch.randn(batch, dim, dtype=torch.float64)
@@ -145,10 +153,8 @@ def test_loses_no_more_than_the_matrix_in_float32(shape: tuple[int, int], make: 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
-def test_nan_and_infinity_show(backend: str, bad: float, device: torch.device, request: pytest.FixtureRequest) -> None:
-    if backend == "triton":
-        request.getfixturevalue("triton_backend")
-    student, teacher = (value.to(device) for value in features(8, 20))
+def test_nan_and_infinity_show(backend: str, bad: float, place: torch.device) -> None:
+    student, teacher = (value.to(place) for value in features(8, 20))
     student[0, 0] = bad
     with use_backend(backend):
         assert cross_correlation_loss(student, teacher).isnan()
@@ -188,20 +194,17 @@ def test_teacher_target_off_diagonal_is_measured_from_the_teacher() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_weights_repeat_rows_and_leave_rows_out(backend: str, target: str, request: pytest.FixtureRequest) -> None:
-    if backend == "triton":
-        request.getfixturevalue("triton_backend")
-    student, teacher = features(6, 17)
-    repeats = torch.tensor([1, 3, 0, 2, 1, 0])
+def test_weights_repeat_rows_and_leave_rows_out(backend: str, target: str, place: torch.device) -> None:
+    student, teacher = (value.to(place) for value in features(6, 17))
+    repeats = torch.tensor([1, 3, 0, 2, 1, 0], device=place)
     poisoned = student.clone(), teacher.clone()
     poisoned[0][2], poisoned[1][5] = torch.nan, torch.inf
     options: dict[str, Any] = {"target": target, "off_diagonal_weight": 0.1}
-    expected = cross_correlation_loss(
-        student.repeat_interleave(repeats, 0), teacher.repeat_interleave(repeats, 0), **options
-    )
+    repeated = (value.double().repeat_interleave(repeats, 0) for value in (student, teacher))
+    expected = cross_correlation_loss(*repeated, **options)
     with use_backend(backend):
         loss, *gradients = value_and_gradients(*poisoned, sample_weight=repeats, **options)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
     for gradient in gradients:
         assert gradient.isfinite().all()
         assert (gradient[[2, 5]] == 0).all()
@@ -209,14 +212,13 @@ def test_weights_repeat_rows_and_leave_rows_out(backend: str, target: str, reque
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
-def test_weights_may_be_a_bool_mask(backend: str, request: pytest.FixtureRequest) -> None:
-    if backend == "triton":
-        request.getfixturevalue("triton_backend")
-    student, teacher = features(6, 17)
-    mask = torch.tensor([True, False, True, True, False, True])
+def test_weights_may_be_a_bool_mask(backend: str, place: torch.device) -> None:
+    student, teacher = (value.to(place) for value in features(6, 17))
+    mask = torch.tensor([True, False, True, True, False, True], device=place)
     with use_backend(backend):
         loss = cross_correlation_loss(student, teacher, sample_weight=mask)
-    torch.testing.assert_close(loss, cross_correlation_loss(student[mask], teacher[mask]))
+    expected = cross_correlation_loss(student[mask].double(), teacher[mask].double())
+    torch.testing.assert_close(loss, expected.float())
 
 
 @pytest.mark.gpu
@@ -232,16 +234,15 @@ def test_all_weights_zero_give_finite_results(form: str, device: torch.device) -
 @pytest.mark.parametrize("constant", [0.0, 0.3, 12345.678])
 @pytest.mark.parametrize("target", TARGETS)
 def test_dead_features_give_no_correlation_and_no_gradient(
-    backend: str, constant: float, target: str, request: pytest.FixtureRequest
+    backend: str, constant: float, target: str, place: torch.device
 ) -> None:
-    if backend == "triton":
-        request.getfixturevalue("triton_backend")
-    student, teacher = features(10, 7)
-    alive = cross_correlation_loss(student[:, 1:], teacher[:, 1:], target=target)
+    student, teacher = (value.to(place) for value in features(10, 7))
+    alive = cross_correlation_loss(student[:, 1:].double(), teacher[:, 1:].double(), target=target)
     student[:, 0], teacher[:, 0] = constant, constant
     with use_backend(backend):
         loss, *gradients = value_and_gradients(student, teacher, target=target)
-    torch.testing.assert_close(loss, alive + (1 if target == "identity" else 0), rtol=1e-5, atol=1e-6)
+    expected = alive + (1 if target == "identity" else 0)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     for gradient in gradients:
         assert gradient.isfinite().all()
         assert (gradient[:, 0] == 0).all()

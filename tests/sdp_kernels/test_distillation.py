@@ -194,25 +194,34 @@ def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield request.param
 
 
+@pytest.fixture
+def place(fused: str, device: torch.device) -> torch.device:
+    """Where tensors must lie for `fused`."""
+    return device if fused == "triton" else torch.device("cpu")
+
+
 @pytest.mark.parametrize("loss_function", LOSSES)
 @pytest.mark.parametrize(
     "shape", [(5,), (1, 1), (4, 1), (70, 3), (3, 40), (2, 3, 7), (2, 2, 3, 17), (2, 1030), (2, 9000)]
 )
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)])
 def test_fused_values_and_gradients(
-    loss_function: Callable[..., Tensor], shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], fused: str
+    loss_function: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    place: torch.device,
 ) -> None:
-    teacher = 2 * torch.randn(shape)
-    student = teacher + torch.randn(shape)
+    teacher = 2 * torch.randn(shape, device=place)
+    student = teacher + torch.randn(shape, device=place)
     assert_right(loss_function, student.to(dtypes[0]), teacher.to(dtypes[1]))
-    weight = torch.rand(shape[:-1])
+    weight = torch.rand(shape[:-1], device=place)
     assert_right(loss_function, student.to(dtypes[0]), teacher.to(dtypes[1]), sample_weight=weight)
 
 
 @pytest.mark.parametrize("closed", [slice(0, 4096), slice(4096, 8192), slice(4000, 9000)], ids=str)
-def test_classes_switched_off_in_a_large_vocabulary(closed: slice, fused: str) -> None:
+def test_classes_switched_off_in_a_large_vocabulary(closed: slice, place: torch.device) -> None:
     """Whole tiles of the kernel hold -inf."""
-    student, teacher = torch.randn(2, 2, 9000)
+    student, teacher = torch.randn(2, 2, 9000, device=place)
     student[0, closed], teacher[0, closed] = -torch.inf, -torch.inf
     assert_right(kl_divergence_loss, student, teacher, temperature=2.0)
     _, *gradients = value_and_gradients(kl_divergence_loss, student, teacher, temperature=2.0)
@@ -221,8 +230,8 @@ def test_classes_switched_off_in_a_large_vocabulary(closed: slice, fused: str) -
         assert (gradient[1] != 0).all()
 
 
-def test_a_class_that_only_the_student_rules_out_is_infinitely_far(fused: str) -> None:
-    student, teacher = torch.randn(2, 2, 9000)
+def test_a_class_that_only_the_student_rules_out_is_infinitely_far(place: torch.device) -> None:
+    student, teacher = torch.randn(2, 2, 9000, device=place)
     student[0, :4500] = -torch.inf
     loss = kl_divergence_loss(student.requires_grad_(), teacher)
     assert loss == torch.inf
@@ -232,9 +241,9 @@ def test_a_class_that_only_the_student_rules_out_is_infinitely_far(fused: str) -
     torch.testing.assert_close(gradient, expected)
 
 
-def test_a_class_whose_probability_fades_away_counts_no_more(fused: str) -> None:
+def test_a_class_whose_probability_fades_away_counts_no_more(place: torch.device) -> None:
     """It was infinitely far while it was the likeliest one, before the rest of the vocabulary was seen."""
-    student, teacher = torch.randn(2, 1, 9000)
+    student, teacher = torch.randn(2, 1, 9000, device=place)
     student[0, 0] = -torch.inf
     teacher[0, 8000] = 300.0
     got = value_and_gradients(kl_divergence_loss, student, teacher)
@@ -245,10 +254,10 @@ def test_a_class_whose_probability_fades_away_counts_no_more(fused: str) -> None
 
 
 @pytest.mark.parametrize("shift", [1000.0, -1000.0])
-def test_a_common_shift_of_the_logits_costs_no_digits(shift: float, fused: str) -> None:
+def test_a_common_shift_of_the_logits_costs_no_digits(shift: float, place: torch.device) -> None:
     """The shift and its sum with the logits are exact in float32."""
-    teacher = (torch.randn(3, 4100) * 64).round() / 64
-    student = teacher + (torch.randn(3, 4100) * 64).round() / 64
+    teacher, step = (torch.randn(2, 3, 4100, device=place) * 64).round() / 64
+    student = teacher + step
     plain = value_and_gradients(kl_divergence_loss, student, teacher)
     shifted = value_and_gradients(kl_divergence_loss, student + shift, teacher)
     for one, other in zip(plain, shifted, strict=True):
@@ -256,18 +265,19 @@ def test_a_common_shift_of_the_logits_costs_no_digits(shift: float, fused: str) 
     assert kl_divergence_loss(teacher + shift, teacher) == 0
 
 
-def test_maxima_that_rise_along_the_classes(fused: str) -> None:
+def test_maxima_that_rise_along_the_classes(place: torch.device) -> None:
     """Each tile moves the running maxima, the student's by more than the teacher's."""
-    ramp = torch.linspace(0, 60, 9000)
-    teacher = torch.stack((ramp, -ramp, ramp)) + torch.randn(3, 9000)
-    student = torch.stack((3 * ramp, ramp, 0 * ramp)) + torch.randn(3, 9000)
+    ramp = torch.linspace(0, 60, 9000, device=place)
+    teacher = torch.stack((ramp, -ramp, ramp)) + torch.randn(3, 9000, device=place)
+    student = torch.stack((3 * ramp, ramp, 0 * ramp)) + torch.randn(3, 9000, device=place)
     assert_right(kl_divergence_loss, student, teacher)
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
 @pytest.mark.parametrize("mask", [torch.tensor([1.0, 0, 2, 0]), torch.tensor([True, False, True, False])])
-def test_fused_leaves_rows_out(loss_function: Callable[..., Tensor], mask: Tensor, fused: str) -> None:
-    student, teacher = torch.randn(2, 4, 21)
+def test_fused_leaves_rows_out(loss_function: Callable[..., Tensor], mask: Tensor, place: torch.device) -> None:
+    student, teacher = torch.randn(2, 4, 21, device=place)
+    mask = mask.to(place)
     expected = value_and_gradients(loss_function, student[[0, 2]], teacher[[0, 2]], sample_weight=mask[[0, 2]].float())
     student[1], teacher[3] = torch.nan, torch.inf
     loss, *gradients = value_and_gradients(loss_function, student, teacher, sample_weight=mask)
@@ -281,8 +291,8 @@ def test_fused_leaves_rows_out(loss_function: Callable[..., Tensor], mask: Tenso
 @pytest.mark.parametrize("loss_function", LOSSES)
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("column", [0, 5000])
-def test_nan_propagates(loss_function: Callable[..., Tensor], which: int, column: int, fused: str) -> None:
-    inputs = torch.randn(2, 2, 9000).unbind()
+def test_nan_propagates(loss_function: Callable[..., Tensor], which: int, column: int, place: torch.device) -> None:
+    inputs = torch.randn(2, 2, 9000, device=place).unbind()
     inputs[which][1, column] = torch.nan
     loss, student, teacher = value_and_gradients(loss_function, *inputs)
     assert loss.isnan()
@@ -293,8 +303,8 @@ def test_nan_propagates(loss_function: Callable[..., Tensor], which: int, column
 
 
 @pytest.mark.parametrize("eps", [1e-8, 2.0, 100.0])
-def test_cosine_below_eps_is_that_of_torch(eps: float, fused: str) -> None:
-    student, teacher = torch.randn(2, 3, 5)
+def test_cosine_below_eps_is_that_of_torch(eps: float, place: torch.device) -> None:
+    student, teacher = torch.randn(2, 3, 5, device=place)
     student[1], teacher[2] = 0, 0
     assert_right(cosine_distance_loss, student, teacher, eps=eps)
 
@@ -314,8 +324,8 @@ def test_rows_are_read_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
-def test_fused_takes_views(loss_function: Callable[..., Tensor], fused: str) -> None:
-    student, teacher = torch.randn(2, 3, 5, 8)
+def test_fused_takes_views(loss_function: Callable[..., Tensor], place: torch.device) -> None:
+    student, teacher = torch.randn(2, 3, 5, 8, device=place)
     assert_right(loss_function, student[:, :-1], teacher[:, 1:])
     assert_right(loss_function, student[..., :5], teacher.transpose(0, 1).contiguous().transpose(0, 1)[..., 2:7])
     assert_right(loss_function, student.mT, teacher.mT)
@@ -324,17 +334,18 @@ def test_fused_takes_views(loss_function: Callable[..., Tensor], fused: str) -> 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
 def test_rows_may_lie_further_apart_than_32_bits_count(
-    loss_function: Callable[..., Tensor], triton_backend: str
+    loss_function: Callable[..., Tensor], device: torch.device, triton_backend: str
 ) -> None:
-    apart = torch.empty_strided((3, 5), (2**30 + 16, 1), dtype=torch.float16)  # of which only three pages are touched
+    # On the host, only three pages of it are touched.
+    apart = torch.empty_strided((3, 5), (2**30 + 16, 1), dtype=torch.float16, device=device)
     apart.copy_(torch.randn(3, 5))
     with use_backend(triton_backend):
-        assert_right(loss_function, apart, torch.randn(3, 5))
+        assert_right(loss_function, apart, torch.randn(3, 5, device=device))
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
-def test_only_gradients_asked_for_are_made(loss_function: Callable[..., Tensor], fused: str) -> None:
-    student, teacher = torch.randn(2, 3, 21)
+def test_only_gradients_asked_for_are_made(loss_function: Callable[..., Tensor], place: torch.device) -> None:
+    student, teacher = torch.randn(2, 3, 21, device=place)
     _, *expected = value_and_gradients(loss_function, student, teacher)
     student.requires_grad_()
     torch.testing.assert_close(torch.autograd.grad(loss_function(student, teacher), student)[0], expected[0])
@@ -345,16 +356,16 @@ def test_only_gradients_asked_for_are_made(loss_function: Callable[..., Tensor],
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
-def test_double_backward_raises(loss_function: Callable[..., Tensor], fused: str) -> None:
-    student, teacher = torch.randn(2, 3, 21)
+def test_double_backward_raises(loss_function: Callable[..., Tensor], place: torch.device) -> None:
+    student, teacher = torch.randn(2, 3, 21, device=place)
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(loss_function(student, teacher), student, create_graph=True)
     with pytest.raises(RuntimeError, match="row_losses_backward"):
         gradient.sum().backward()
 
 
-def test_half_gradients_are_scaled_before_they_are_rounded(fused: str) -> None:
-    student, teacher = torch.randn(2, 400, 50).half()
+def test_half_gradients_are_scaled_before_they_are_rounded(place: torch.device) -> None:
+    student, teacher = torch.randn(2, 400, 50, device=place).half()
     _, gradient, _ = value_and_gradients(lambda *rows: kl_divergence_loss(*rows) * 2.0**12, student, teacher)
     with use_backend("reference"):
         expected = value_and_gradients(kl_divergence_loss, student.double(), teacher.double())[1] * 2.0**12
@@ -363,14 +374,15 @@ def test_half_gradients_are_scaled_before_they_are_rounded(fused: str) -> None:
 
 @pytest.mark.parametrize("kind", ["kl", "cosine"])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_operators_are_registered_rightly(kind: str, weighted: bool, fused: str) -> None:
-    student, teacher = torch.randn(2, 2, 3, 7)
-    weight = torch.rand(2, 3) if weighted else None
+def test_operators_are_registered_rightly(kind: str, weighted: bool, fused: str, place: torch.device) -> None:
+    student, teacher = torch.randn(2, 2, 3, 7, device=place)
+    weight = torch.rand(2, 3, device=place) if weighted else None
     for asked in ((True, True), (True, False), (False, False)):
         rows = tuple(each.detach().requires_grad_(want) for each, want in zip((student, teacher), asked, strict=True))
         torch.library.opcheck(torch.ops.sdp_kernels.row_losses, (*rows, weight, kind, 0.5, fused))
         losses, statistics = torch.ops.sdp_kernels.row_losses(student, teacher, weight, kind, 0.5, fused)
-        arguments = (torch.ones(2, 3), student, teacher, weight, losses, statistics, kind, 0.5, fused, *asked)
+        scale = torch.ones_like(losses)
+        arguments = (scale, student, teacher, weight, losses, statistics, kind, 0.5, fused, *asked)
         torch.library.opcheck(torch.ops.sdp_kernels.row_losses_backward, arguments)
 
 
@@ -384,9 +396,9 @@ def test_gradcheck_in_chunks(loss_function: Callable[..., Tensor], monkeypatch: 
 
 
 @pytest.mark.parametrize("loss_function", LOSSES)
-def test_fused_compiles_without_graph_breaks(loss_function: Callable[..., Tensor], fused: str) -> None:
-    student, teacher = torch.randn(2, 4, 21)
-    weight = torch.rand(4)
+def test_fused_compiles_without_graph_breaks(loss_function: Callable[..., Tensor], place: torch.device) -> None:
+    student, teacher = torch.randn(2, 4, 21, device=place)
+    weight = torch.rand(4, device=place)
     expected = value_and_gradients(loss_function, student, teacher, sample_weight=weight)
     compiled = torch.compile(loss_function, fullgraph=True, backend="aot_eager")
     got = value_and_gradients(compiled, student, teacher, sample_weight=weight)

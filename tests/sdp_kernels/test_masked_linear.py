@@ -389,12 +389,11 @@ def test_operator_with_lists_is_registered_rightly() -> None:
         torch.library.opcheck(torch.ops.sdp_kernels.masked_linear, arguments, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, without CUDA")
-def test_zeroing_kernel_of_many_tensors(triton_backend: str) -> None:
+def test_zeroing_kernel_of_many_tensors(device: torch.device, triton_backend: str) -> None:
     """One launch for floats of one size: bits and bools, strided rows, transposed, nothing at all."""
-    wide = torch.randn(9, 700)
-    weights = [torch.randn(5, 70), wide[:, 3:600], torch.randn(33, 6).T, torch.randn(7, 33).half(), torch.randn(0, 4)]
-    masks = [torch.rand(weight.shape) < 0.5 for weight in weights]
+    wide, *others = (torch.randn(shape, device=device) for shape in ((9, 700), (5, 70), (33, 6), (7, 33), (0, 4)))
+    weights = [others[0], wide[:, 3:600], others[1].T, others[2].half(), others[3]]
+    masks = [torch.rand(weight.shape, device=device) < 0.5 for weight in weights]
     expected = [torch.where(mask, weight, 0) for weight, mask in zip(weights, masks, strict=True)]
     outside = wide[:, :3].clone(), wide[:, 600:].clone()
     for weight, mask in zip(weights, masks, strict=True):
@@ -411,17 +410,17 @@ def test_zeroing_kernel_of_many_tensors(triton_backend: str) -> None:
     assert torch.equal(wide[:, 600:], outside[1])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, without CUDA")
 @pytest.mark.usefixtures("triton_backend")
-def test_zeroing_operator_is_registered_rightly() -> None:
-    weights = [torch.randn(5, 7), torch.randn(3, 40)]
-    masks = [torch.rand(5, 7) < 0.5, BitMask.from_bool(torch.rand(3, 40) < 0.5).words]
+def test_zeroing_operator_is_registered_rightly(device: torch.device) -> None:
+    weights = [torch.randn(5, 7, device=device), torch.randn(3, 40, device=device)]
+    masks = [torch.rand(weight.shape, device=device) < 0.5 for weight in weights]
+    masks[1] = BitMask.from_bool(masks[1]).words
     torch.library.opcheck(torch.ops.sdp_kernels.zero_, (weights, masks))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, without CUDA")
-def test_zeroing_kernel_in_compiled_code(triton_backend: str) -> None:
-    weights, masks = [torch.randn(5, 7), torch.randn(3, 40)], [torch.rand(5, 7) < 0.5, torch.rand(3, 40) < 0.5]
+def test_zeroing_kernel_in_compiled_code(device: torch.device, triton_backend: str) -> None:
+    weights = [torch.randn(5, 7, device=device), torch.randn(3, 40, device=device)]
+    masks = [torch.rand(weight.shape, device=device) < 0.5 for weight in weights]
     with use_backend(triton_backend):
         torch.compile(zero_, fullgraph=True, backend="aot_eager")(weights, masks)
     for weight, mask in zip(weights, masks, strict=True):

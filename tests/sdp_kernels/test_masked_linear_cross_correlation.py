@@ -115,7 +115,6 @@ def fused_arguments(device: torch.device) -> tuple[Any, ...]:
     return (input, weight, inputs["mask"].words, bias, teacher, None, [], 0, 0, False, None, *options)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, without CUDA")
 @pytest.mark.usefixtures("triton_backend")
 def test_operator_is_registered_rightly(device: torch.device) -> None:
     arguments = fused_arguments(device)
