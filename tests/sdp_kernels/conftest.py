@@ -48,8 +48,8 @@ def triton_backend() -> str:
 
 
 # The executor of Triton's intermediate code follows no addresses kept in memory (alignment, zeroing) and no fake
-# tensors (registration, compilation), and has no room for tests of memory beyond 2**31 entries.
-BEYOND_EXECUTOR = ("alignment", "zeroing", "registered", "compile", "32_bits")
+# tensors (registration, compilation), has no room for memory beyond 2**31 entries, and is no device (test_gpu).
+BEYOND_EXECUTOR = ("alignment", "zeroing", "registered", "compile", "32_bits", "test_gpu")
 
 
 def runs_kernels(item: pytest.Item) -> bool:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sdp_kernels import use_backend
 from sdprune import BlockSparseLinear
+from tests.cuda import Captured, no_waiting
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,24 +78,13 @@ def test_is_captured_in_a_cuda_graph_and_replayed(density, tokens, compiled):
     call = torch.compile(layer, fullgraph=True) if compiled else layer
     rows = torch.randn(tokens, layer.in_features, device="cuda", dtype=torch.bfloat16)
     with torch.inference_mode():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles
+        captured = Captured(lambda: call(rows))
+        with no_waiting():
             call(rows)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call(rows)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = call(rows)
         for _ in range(3):
             rows.normal_()
-            graph.replay()
             expected = functional.linear(rows, linear.weight, linear.bias)
-            torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(captured.replay(), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("backend", ["default", "reference"])
