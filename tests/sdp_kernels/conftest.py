@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdp_kernels.block_sparse_linear import cpu
 from tests.sdp_kernels.rehearsal import DEVICE, Rehearsal
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -45,6 +46,13 @@ def triton_backend() -> str:
     if not TRITON_INSTALLED:
         pytest.skip("triton is not installed")
     return "triton"
+
+
+@pytest.fixture
+def numba() -> None:
+    """The compiled engine of the CPU. A numba that refuses the NumPy beside it is none."""
+    if not cpu._finds_numba():
+        pytest.skip("no numba that can be imported is installed")
 
 
 # The executor of Triton's intermediate code follows no addresses kept in memory (alignment, zeroing) and no fake

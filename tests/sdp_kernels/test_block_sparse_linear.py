@@ -1,6 +1,5 @@
 """What is special to the block-sparse linear map: blocks of every shape, engines, gradients, what it refuses."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -40,8 +39,8 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Each way to compute the product; the name of the backend that takes it."""
     if request.param == "triton":
         return str(request.getfixturevalue("triton_backend"))
-    if request.param == "engine" and importlib.util.find_spec("numba") is None:
-        pytest.skip("numba is not installed")
+    if request.param == "engine":
+        request.getfixturevalue("numba")
     if request.param == "gathered":
         monkeypatch.setattr(cpu, "_numba_installed", lambda: False)
     return "reference" if request.param == "reference" else "cpu"
@@ -292,7 +291,7 @@ def test_number_of_threads_changes_nothing(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.usefixtures("numba")
 def test_the_engine_leaves_the_threads_of_torch_alone() -> None:
     code = """
 import torch
@@ -359,7 +358,7 @@ assert (engine.LANES, engine.TILE) == ((8, 6) if features.get("avx") else (4, 12
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.usefixtures("numba")
 def test_engine_of_a_cpu_without_the_widest_registers(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}  # what is compiled here must not stay
     done = subprocess.run(

@@ -62,13 +62,14 @@ def test_equals_the_two_in_sequence(options: dict[str, Any], blocks: bool, backe
         alone = masked_linear_cross_correlation_loss(**inputs, **options)
         expected, expected_output = in_sequence(**inputs, **options)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, expected)
-    assert torch.equal(alone, expected)
-    assert torch.equal(output, expected_output)
     got = torch.autograd.grad(loss + output.square().sum(), leaves)
     wanted = torch.autograd.grad(expected + expected_output.square().sum(), leaves)
-    for result, want in zip(got, wanted, strict=True):
-        assert torch.equal(result, want)
+    pairs = [(loss, expected), (alone, expected), (output, expected_output), *zip(got, wanted, strict=True)]
+    for result, want in pairs:
+        if backend == "triton" and result.is_cuda:  # where the compiler orders the sums of each kernel as it likes
+            torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(result, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
