@@ -2,11 +2,12 @@
 
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +20,13 @@ from tqdm import tqdm
 from sdp_kernels.spec import KernelConfig
 
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program may use, by compute capability
+# Of A100, RTX 3090, L40S, H100, B200 and RTX 5090: fewer programs than these leave a part of the device idle.
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 142, 90: 132, 100: 148, 120: 170}
 CAPABILITIES = tuple(SHARED_LIMITS)
 MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
+WARP_GROUP_INSTRUCTION = re.compile(r"\bwgmma\.mma_async\b")
+APPROXIMATION = re.compile(r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt\.approx|rcp\.approx)\b")
+HALF_PRODUCT = re.compile(r"tt\.dot .*: tensor<(\d+)x(\d+)x(?:bf16|f16)> \* tensor<\d+x(\d+)x(?:bf16|f16)>")
 ASYNC_COPY = re.compile(r"\bcp\.async\.(?!wait|commit|bulk\.wait|bulk\.commit)")
 # Integer arguments that are multiples of 16 in the launches that matter, which Triton then knows.
 SIZES = re.compile(r"batch|dim|rows|cols|columns|classes|features|tokens|elements|(.*_)?stride(_.*)?")
@@ -36,8 +42,27 @@ class Resources:
     stack: int  # bytes a thread: spilled registers
     local: int  # bytes a thread
     shared: int  # bytes
-    matrix_instructions: int  # in the text of the kernel, as are the copies
+    matrix_instructions: int  # in the text of the kernel, as are the others
     async_copies: int
+    warp_group_instructions: int  # among the matrix instructions: those of four warps at once
+    warp_group_products: int  # products of half precision whose tile such an instruction takes: 64 rows, 8 columns
+    approximations: int  # quotients and roots that are not rounded as IEEE 754 says
+
+
+class Tiling(NamedTuple):
+    """What launches of a kernel have in common whatever their flags: types, tiles, warps."""
+
+    kernel: str
+    pointer: str  # type of the first one
+    sizes: tuple[tuple[str, int], ...]
+    num_warps: int
+
+    @classmethod
+    def of(cls, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], num_warps: int) -> "Tiling":
+        """From the types of the arguments and the constants, both by name."""
+        pointer = next((types[name] for name in kernel.arg_names if types.get(name, "").startswith("*")), "")
+        sizes = tuple(sorted((name, value) for name, value in constants.items() if type(value) is int))
+        return cls(f"{kernel.fn.__module__}.{kernel.fn.__name__}", pointer, sizes, num_warps)
 
 
 class Outcome(NamedTuple):
@@ -45,6 +70,8 @@ class Outcome(NamedTuple):
 
     label: str
     capability: int
+    tiling: Tiling
+    stages: int
     resources: Resources | None  # None: it does not compile
     reasons: list[str]  # against it
 
@@ -70,12 +97,18 @@ def compile_config(config: KernelConfig, capability: int) -> Resources:
         attrs={
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(names)
-            if signature[name].startswith("*") or (signature[name].startswith("i") and SIZES.fullmatch(name))
+            if signature[name].startswith("*")
+            or (
+                signature[name].startswith("i")
+                and SIZES.fullmatch(name)
+                and not config.kernel.params[index].do_not_specialize
+            )
         },
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
+    tiles = [tuple(map(int, sizes)) for sizes in HALF_PRODUCT.findall(str(compiled.asm["ttir"]))]
     usage = _resource_usage(Path(triton.__file__).parent, compiled.asm["cubin"])
     return Resources(
         registers=usage["REG"],
@@ -84,6 +117,11 @@ def compile_config(config: KernelConfig, capability: int) -> Resources:
         shared=compiled.metadata.shared,
         matrix_instructions=len(MATRIX_INSTRUCTION.findall(ptx)),
         async_copies=len(ASYNC_COPY.findall(ptx)),
+        warp_group_instructions=len(WARP_GROUP_INSTRUCTION.findall(ptx)),
+        warp_group_products=sum(
+            rows >= 64 and inner >= 16 and columns >= 8 for rows, inner, columns in tiles if config.num_warps % 4 == 0
+        ),
+        approximations=len(APPROXIMATION.findall(ptx)),
     )
 
 
@@ -108,6 +146,10 @@ def reasons_against(config: KernelConfig, capability: int, resources: Resources)
         reasons.append(f"{resources.shared} bytes of shared memory, allowed {limit}")
     if config.tensor_cores and resources.matrix_instructions == 0:
         reasons.append("no matrix instruction")
+    if capability == 90 and resources.warp_group_products and resources.warp_group_instructions == 0:
+        reasons.append(f"{resources.warp_group_products} products could use wgmma and none does")
+    if config.exact and resources.approximations:
+        reasons.append(f"{resources.approximations} approximate quotients or roots")
     return reasons
 
 
@@ -137,12 +179,33 @@ def configurations(module: str, capability: int) -> list[KernelConfig]:
 def judge(module: str, index: int, capability: int) -> Outcome:
     """Compile one configuration of a module; a process of the pool cannot be handed a kernel itself."""
     config = configurations(module, capability)[index]
+    tiling = Tiling.of(config.kernel, config.types, config.constants, config.num_warps)
+    known = label(config), capability, tiling, config.num_stages
     try:
         resources = compile_config(config, capability)
     except Exception as error:  # whatever the compiler raises is a reason like others
         lines = str(error).strip().splitlines() or [""]
-        return Outcome(label(config), capability, None, [f"{type(error).__name__}: {lines[-1][:200]}"])
-    return Outcome(label(config), capability, resources, reasons_against(config, capability, resources))
+        return Outcome(*known, None, [f"{type(error).__name__}: {lines[-1][:200]}"])
+    return Outcome(*known, resources, reasons_against(config, capability, resources))
+
+
+def programs_at_grids(capability: int) -> dict[Tiling, tuple[int, int]]:
+    """The fewest and the most programs of each tiling at the shapes of the benchmarks' grids."""
+    from bench.grids import GRIDS
+    from bench.rehearsal import launches_of
+
+    found: dict[Tiling, tuple[int, int]] = {}
+    for grid in GRIDS.values():
+        for case in grid.cases("cuda"):
+            for launch in launches_of(grid, case, capability):
+                kernel = getattr(importlib.import_module(launch.specialisation.module), launch.specialisation.kernel)
+                known = json.loads(launch.specialisation.description)
+                names = (kernel.arg_names[index] for (index,) in known["constant_keys"])
+                constants = dict(zip(names, known["constant_vals"], strict=True))
+                tiling = Tiling.of(kernel, known["signature"], constants, known["options"]["num_warps"])
+                fewest, most = found.get(tiling, (launch.programs, launch.programs))
+                found[tiling] = min(fewest, launch.programs), max(most, launch.programs)
+    return found
 
 
 def report(capabilities: Sequence[int] = CAPABILITIES, ops: Sequence[str] | None = None) -> int:
@@ -166,25 +229,34 @@ def report(capabilities: Sequence[int] = CAPABILITIES, ops: Sequence[str] | None
     ]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         results = pool.map(judge, *zip(*jobs, strict=True)) if jobs else iter(())
+        programs = {capability: programs_at_grids(capability) for capability in capabilities}  # while others compile
         outcomes = list(tqdm(results, total=len(jobs), unit="kernel", dynamic_ncols=True))
-    print(table(outcomes))
+    print(table(outcomes, programs))
     reasons = [f"sm_{found.capability} {found.label}: {reason}" for found in outcomes for reason in found.reasons]
     print("\n".join([f"{len(outcomes)} compiled, {len(reasons)} reasons against them", *reasons]))
     return 1 if reasons else 0
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """What each configuration uses, as plain text."""
-    lines = ["   sm  regs stack local  shared   mma  copy  kernel"]
+def table(outcomes: Sequence[Outcome], programs: Mapping[int, Mapping[Tiling, tuple[int, int]]]) -> str:
+    """What each configuration uses, as plain text.
+
+    "wgmma" counts the matrix instructions of four warps among all. "programs" are the fewest and the most for each
+    multiprocessor at the shapes of the benchmarks' grids: below 1, a part of the device idles.
+    """
+    lines = ["   sm  regs stack local  shared   mma wgmma  copy stages      programs  kernel"]
     for found in sorted(outcomes, key=lambda found: (found.label, found.capability)):
         used: Any = found.resources
         numbers = (
-            "does not compile".ljust(36)
+            "does not compile".ljust(42)
             if used is None
             else f"{used.registers:5} {used.stack:5} {used.local:5} {used.shared:7}"
-            f" {used.matrix_instructions:5} {used.async_copies:5}"
+            f" {used.matrix_instructions:5} {used.warp_group_instructions:5} {used.async_copies:5}"
         )
-        lines.append(f"{found.capability:5} {numbers}  {found.label}")
+        launched = programs.get(found.capability, {}).get(found.tiling)
+        share = "-"
+        if launched is not None:
+            share = "..".join(f"{number / MULTIPROCESSORS[found.capability]:.3g}" for number in launched)
+        lines.append(f"{found.capability:5} {numbers} {found.stages:6} {share:>13}  {found.label}")
     return "\n".join(lines)
 
 

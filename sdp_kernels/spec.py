@@ -27,6 +27,7 @@ class KernelConfig:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = False  # it multiplies matrices and must use the matrix instruction of the device
+    exact: bool = False  # its quotients and roots must be rounded as IEEE 754 says
 
 
 @dataclass(frozen=True)

@@ -323,9 +323,9 @@ def configurations() -> Iterator[KernelConfig]:
         blocks = {"BLOCK_BATCH": BLOCK_BATCH, "BLOCK_DIM": BLOCK_DIM}
         for wide in (True, False):
             flags = {"RESIDUAL": wide, "STUDENT": True, "TEACHER": wide, "GRAM": wide, "HAS_WEIGHT": wide, **blocks}
-            yield KernelConfig(_along_kernel, types, flags)
-            yield KernelConfig(_gradient_kernel, types, flags)
+            yield KernelConfig(_along_kernel, types, flags, exact=True)
+            yield KernelConfig(_gradient_kernel, types, flags, exact=True)
         constants = {"BLOCK_ROWS": LOSS_ROWS, "BLOCK_COLUMNS": LOSS_COLUMNS}
-        yield KernelConfig(_correlation_loss_kernel, types, constants)
+        yield KernelConfig(_correlation_loss_kernel, types, constants, exact=True)
     yield from kernel_columns.configurations()
     yield from kernel_small.configurations()

@@ -201,5 +201,5 @@ def configurations() -> Iterator[KernelConfig]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for wide in (True, False):
             columns = {"HAS_WEIGHT": wide, "CENTER": True, "BLOCK_BATCH": BLOCK_BATCH, "BLOCK_DIM": BLOCK_DIM}
-            yield KernelConfig(_statistics_kernel, types_of(dtype), columns)
-            yield KernelConfig(_normalise_kernel, types_of(dtype), {"RESIDUAL": wide, **columns})
+            yield KernelConfig(_statistics_kernel, types_of(dtype), columns, exact=True)
+            yield KernelConfig(_normalise_kernel, types_of(dtype), {"RESIDUAL": wide, **columns}, exact=True)

@@ -258,9 +258,9 @@ def configurations() -> Iterator[KernelConfig]:
                 for wide in (True, False):
                     flags: dict[str, Any] = {"RESIDUAL": wide, "HAS_WEIGHT": wide, "PRECISION": precision}
                     flags |= {"BLOCK_BATCH": block_batch, "BLOCK_DIM": BLOCK_DIM}
-                    matrix = dtype != torch.float32 or precision == "tf32"
+                    demands = {"tensor_cores": dtype != torch.float32 or precision == "tf32", "exact": True}
                     normalise = {"CENTER": True, **flags}
                     gradient = {"STUDENT": True, "TEACHER": wide, "BLOCK_INNER": BLOCK_INNER, **flags}
-                    yield KernelConfig(_normalise_kernel, types, normalise, warps(block_batch), tensor_cores=matrix)
-                    yield KernelConfig(_gradient_kernel, types, gradient, warps(block_batch), tensor_cores=matrix)
-        yield KernelConfig(_gram_kernel, types, {"BLOCK": GRAM_BLOCK})
+                    yield KernelConfig(_normalise_kernel, types, normalise, warps(block_batch), **demands)
+                    yield KernelConfig(_gradient_kernel, types, gradient, warps(block_batch), **demands)
+        yield KernelConfig(_gram_kernel, types, {"BLOCK": GRAM_BLOCK}, exact=True)

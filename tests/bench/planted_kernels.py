@@ -25,6 +25,13 @@ def product(a, b, out, rows, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def quotient(a, out, rows, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(a + index, mask=index < rows).to(tl.float32)
+    tl.store(out + index, tl.sqrt(value) / (value + 1.0), mask=index < rows)
+
+
+@triton.jit
 def double(a, out, rows, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + index, 2 * tl.load(a + index, mask=index < rows), mask=index < rows)
@@ -35,6 +42,7 @@ PLANTED = {
     "good": KernelConfig(product, HALF, {"K": 256, "BLOCK": 64}, tensor_cores=True),
     "no matrix instruction": KernelConfig(double, HALF, {"BLOCK": 128}, tensor_cores=True),
     "spills": KernelConfig(product, HALF, {"K": 256, "BLOCK": 256}, num_warps=2, tensor_cores=True),
+    "approximate": KernelConfig(quotient, HALF, {"BLOCK": 128}, exact=True),
     "too much shared memory": KernelConfig(
         product, HALF, {"K": 1024, "BLOCK": 256}, num_warps=8, num_stages=8, tensor_cores=True
     ),
