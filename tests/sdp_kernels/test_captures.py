@@ -1,0 +1,60 @@
+"""Nothing that a CUDA graph holds may be freed, and nothing that belongs to a graph may be kept for others.
+
+Whether work is captured is only asked for here, so these tests need no GPU; test_gpu.py captures real graphs.
+"""
+
+import functools
+import importlib
+
+import pytest
+import torch
+
+from sdp_kernels import BitMask, select_mask, use_backend, zero_
+from sdp_kernels.masked_linear import bitmask
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mask_selection.op", "masked_linear.bitmask"):
+        monkeypatch.setattr(importlib.import_module(f"sdp_kernels.{name}"), "is_captured", lambda tensor: True)
+
+
+@pytest.mark.usefixtures("captured")
+def test_zeroing_leaves_no_table_behind_that_a_graph_would_read(
+    device: torch.device, triton_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel_zero = importlib.import_module("sdp_kernels.masked_linear.kernel_zero")
+    monkeypatch.setattr(kernel_zero, "is_captured", lambda tensor: True)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a table may be freed before the graph is replayed")
+
+    monkeypatch.setattr(kernel_zero, "_table", refuse)
+    wide = torch.randn(9, 70, device=device)
+    weights = [torch.randn(5, 70, device=device), wide[:, 3:60], torch.randn(6, 33, device=device).T]
+    masks = [torch.rand(weight.shape, device=device) < 0.5 for weight in weights]
+    expected = [torch.where(mask, weight, 0) for weight, mask in zip(weights, masks, strict=True)]
+    outside = wide[:, :3].clone()
+    with use_backend(triton_backend):
+        zero_(weights, [masks[0], BitMask.from_bool(masks[1]), masks[2]])
+    for weight, want in zip(weights, expected, strict=True):
+        assert torch.equal(weight, want)
+    assert torch.equal(wide[:, :3], outside)
+
+
+def test_patterns_first_made_inside_a_capture_are_not_kept(
+    device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = functools.cache(bitmask.make_patterns)
+    monkeypatch.setattr(bitmask, "_patterns", kept)
+    mask = torch.rand(5, 70, device=device) < 0.5
+    packed = BitMask.from_bool(mask)
+    request.getfixturevalue("captured")
+    assert torch.equal(packed.to_bool(), mask)
+    assert kept.cache_info().currsize == 0, "what is made there holds nothing until the graph is replayed"
+
+
+@pytest.mark.usefixtures("captured")
+def test_mask_selection_refuses_before_it_waits(device: torch.device) -> None:
+    with pytest.raises(RuntimeError, match=r"select_mask waits for its device.*no CUDA graph can hold it"):
+        select_mask(torch.randn(4, 8, device=device), 0.5)

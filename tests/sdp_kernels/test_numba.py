@@ -1,0 +1,38 @@
+"""numba is asked by importing it: it is installed and refuses to be imported where NumPy is newer than it knows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REFUSING = 'raise ImportError("Numba needs NumPy 2.4 or less. Got NumPy 2.5.")\n'
+USE = """
+import warnings
+import torch
+from sdp_kernels import BlockSparseMatrix, block_sparse_linear
+
+matrix = BlockSparseMatrix.from_dense(torch.randn(64, 64), (32, 32))
+rows = torch.randn(3, 64)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        output = block_sparse_linear(rows, matrix, path="sparse")
+torch.testing.assert_close(output, rows @ matrix.to_dense().T, rtol=1e-4, atol=1e-4)
+print(*[warning.message for warning in caught], sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(("content", "told"), [(REFUSING, "Got NumPy 2.5"), (None, "")])
+def test_products_are_plain_torch_where_numba_cannot_be_imported(
+    content: str | None, told: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "numba.py").write_text(content)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == (1 if told else 0), "told once"
+    assert told in done.stdout
