@@ -16,6 +16,7 @@ from bench.grids import GRIDS
 from bench.machine import measure_machine
 from bench.results import RESULTS, collect, read_rows, table
 from bench.runner import Job, Settings, run
+from bench.timing import DeviceLost
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +97,10 @@ def _run(options: argparse.Namespace) -> int:
         machine = measure_machine(torch.device(options.device))
         rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in machine.matmul_rates.items())
         print(f"{machine.name}: copy {machine.copy_rate / 1e9:.3g} GB/s; matmul TFLOP/s: {rates}", flush=True)
-        rows = run(jobs, machine, settings, deadline)
+        try:
+            rows = run(jobs, machine, settings, deadline)
+        except DeviceLost as error:
+            return _refuse(error)
     print(table(rows))
     wrong = [row for row in rows if row.get("correct") is False]
     if wrong:
@@ -115,7 +119,11 @@ def _gpu(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(describe(plan, options.arch))
         return 0
-    rows = measure(plan, options.results, options.minutes, longest_case=options.longest_case, threads=options.threads)
+    limits = {"longest_case": options.longest_case, "threads": options.threads}
+    try:
+        rows = measure(plan, options.results, options.minutes, **limits)
+    except RuntimeError as error:
+        return _refuse(error)
     return 1 if any(row.get("correct") is False for row in rows) else 0
 
 

@@ -45,6 +45,7 @@ class Watch:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.bar = tqdm(total=len(jobs), unit="case", dynamic_ncols=True)
+        self.left = 0
 
     def started(self, job: Job, seconds: float) -> None:
         """A case begins and takes about so long."""
@@ -52,11 +53,14 @@ class Watch:
 
     def ended(self, job: Job, rows: Sequence[Row]) -> None:
         """Its rows, which are on disk; of a case that is left out, none."""
+        self.left += not rows
         self.bar.update()
 
     def close(self) -> None:
         """The run is over."""
         self.bar.close()
+        if self.left:
+            print(f"{self.left} of {self.bar.total} cases were left out: no time")
 
 
 class Step:
