@@ -149,11 +149,33 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _gelu(x):
+    """x times half the complementary error function of -x / sqrt(2), within 3e-7 of its size as F.gelu is.
+
+    The fit to erfc is that of Press et al., Numerical Recipes in C (1992), section 6.2, https://numerical.recipes. The
+    erf of libdevice picks each coefficient by the argument, for which a tile of 128 x 128 has not enough registers.
+    """
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.5 * z)
+    fit = -0.82215223 + t * 0.17087277
+    fit = 1.48851587 + t * fit
+    fit = -1.13520398 + t * fit
+    fit = 0.27886807 + t * fit
+    fit = -0.18628806 + t * fit
+    fit = 0.09678418 + t * fit
+    fit = 0.37409196 + t * fit
+    fit = 1.00002368 + t * fit
+    fit = -1.26551223 + t * fit
+    tail = 0.5 * t * tl.exp(fit - z * z)
+    return x * tl.where(x < 0, tail, 1.0 - tail)
+
+
+@triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)  # NaN stays
     elif ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        x = _gelu(x)
     elif ACTIVATION == "gelu_tanh":
         x = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "silu":
