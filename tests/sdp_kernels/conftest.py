@@ -56,8 +56,9 @@ def numba() -> None:
 
 
 # The executor of Triton's intermediate code follows no addresses kept in memory (alignment, zeroing) and no fake
-# tensors (registration, compilation), has no room for memory beyond 2**31 entries, and is no device (test_gpu).
-BEYOND_EXECUTOR = ("alignment", "zeroing", "registered", "compile", "32_bits", "test_gpu")
+# tensors (registration, compilation), has one thread and no room for memory beyond 2**31 entries, and is no device
+# (test_gpu).
+BEYOND_EXECUTOR = ("alignment", "zeroing", "registered", "compile", "several_threads", "32_bits", "test_gpu")
 
 
 def runs_kernels(item: pytest.Item) -> bool:
