@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,11 +34,15 @@ from bench.grid import Case, Grid
 from bench.machine import Machine, measure_machine
 from bench.results import Row, append_rows, outcome, read_rows, summary
 from bench.runner import COMPILE_SECONDS, Job, Settings, Watch, job_row, results_path, run, stamped
+from bench.timing import DeviceLost
 
 GRIDS = "bench.grids"  # the module whose GRIDS are measured
 HOPPER = 90  # what kernels are compiled for where there is no GPU
 COMPILE_SHARE = 1 / 3  # of the time, at most
 START_SECONDS = 180.0  # until a process has imported everything and begins with its first case
+BETWEEN_SECONDS = 30.0  # from one case to the next, and to the end of the process
+LEAST_SHARE = 40.0  # seconds: a process that has less spends it on its start
+MOST_LOSSES = 4  # processes that one grid may lose
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Kernels:
 
 def kernels_of(plan: Plan, capability: int) -> Kernels:
     """The kernels that the cases of the plan launch on a GPU of this compute capability, without one."""
-    from bench.rehearsal import launches_of
+    from bench.launches import launches_of
 
     found = Kernels()
     jobs = plan.jobs("cuda")
@@ -124,7 +128,10 @@ def measure(
         machine = _machine(torch.device(plan.device), threads)
         session = _Session(plan, machine, settings, deadline, longest_case, module, threads)
         _say(f"{machine.name}: copy {machine.copy_rate / 1e9:.3g} GB/s, {versions()}")
-        _compile_kernels(plan, machine, COMPILE_SHARE * (deadline - time.monotonic()))
+        try:
+            _compile_kernels(plan, machine, COMPILE_SHARE * (deadline - time.monotonic()))
+        except Exception as error:  # without it everything takes longer and is right all the same
+            _say(f"kernels are compiled as they come: {type(error).__name__}: {error}")
         try:
             session.go()
         finally:
@@ -198,6 +205,8 @@ class _Session:
         self.plan, self.machine, self.settings, self.deadline = plan, machine, settings, deadline
         self.longest_case, self.module, self.threads = longest_case, module, threads
         self.left = {name: plan.cases(name) for name in plan.grids}
+        self.losses = dict.fromkeys(plan.grids, 0)
+        self.without: dict[str, tuple[str, ...]] = dict.fromkeys(plan.grids, ())
         self.rows: list[Row] = []
         self.stamp = machine.stamp()
         self.kept = {json.dumps(row) for row in read_rows(self.path("all.jsonl"))}
@@ -213,23 +222,27 @@ class _Session:
             progress = True
             while progress:
                 progress = False
-                waiting = [name for name, cases in self.left.items() if cases]
+                waiting = [name for name, cases in self.left.items() if cases and self.losses[name] < MOST_LOSSES]
                 for index, name in enumerate(waiting):
-                    seconds = (self.deadline - time.monotonic()) / (len(waiting) - index)
-                    while self.left[name] and seconds > 0:
-                        started = time.monotonic()
+                    share = (self.deadline - time.monotonic()) / (len(waiting) - index)
+                    end = time.monotonic() + max(share, LEAST_SHARE)
+                    whole = False
+                    while not whole and self.left[name] and self.losses[name] < MOST_LOSSES:
+                        seconds = min(end, self.deadline) - time.monotonic()
+                        if seconds <= 0:
+                            break
                         before = len(self.left[name])
                         whole = self._attend(name, seconds, bar)
+                        self.losses[name] += not whole
                         progress |= len(self.left[name]) < before
-                        seconds -= time.monotonic() - started
-                        if whole or len(self.left[name]) == before:
-                            break
 
     def _attend(self, name: str, seconds: float, bar: "tqdm[Any]") -> bool:
         """Run a process for what is left of a grid; whether it ended by itself. One case goes with one that did not."""
         grid = self.plan.grids[name]
-        arguments = (self.module, name, self.left[name], self.machine, self.settings, seconds, self.threads)
+        settings = replace(self.settings, without=self.without[name])
+        arguments = (self.module, name, self.left[name], self.machine, settings, seconds, self.threads)
         at_hand: Case | None = None
+        contender = ""
         allowed = START_SECONDS
         with _Process(_measure_grid, arguments, self.path("all.log")) as process:
             while True:
@@ -237,21 +250,30 @@ class _Session:
                 if kind == "started":
                     at_hand, allowed = case, self.longest_case + 3 * (value - COMPILE_SECONDS)
                     bar.set_description(f"{name} {'x'.join(map(str, case.shape))} {case.dtype}")
+                elif kind == "at":
+                    contender = value
                 elif kind == "ended":
-                    at_hand, allowed = None, START_SECONDS
+                    at_hand, allowed = None, BETWEEN_SECONDS
                     if value:
                         self._done(grid, case, value, bar)
+                elif kind == "lost":  # by this contender, whose row has come
+                    contender = value
                 else:
                     break
         if at_hand is None and kind != "the process ended":
             tqdm.write(f"{name}: {kind} (see all.log)")
+        whole = kind == "the process ended"
+        if not whole and contender not in ("", "ours"):
+            self.without[name] += (contender,)  # or it would take case after case with it
         if at_hand is not None and time.monotonic() < self.deadline:
             job = Job(grid, at_hand)
-            row = {"contender": "ours", "correct": False, "failed": f"{kind} (see all.log)"}
+            row: Row = {"contender": contender or "unknown", "failed": f"{kind} (see all.log)"}
+            if contender == "ours":
+                row["correct"] = False
             rows = stamped(job, self.machine, self.stamp, [row])
             append_rows(results_path(grid, self.machine, self.settings), rows)
             self._done(grid, at_hand, rows, bar)
-        return kind == "the process ended"
+        return whole
 
     def _done(self, grid: Grid, case: Case, rows: Sequence[Row], bar: "tqdm[Any]") -> None:
         """Keep the rows of a case, which are in the file of its grid, in that of all as well."""
@@ -260,7 +282,7 @@ class _Session:
         append_rows(self.path("all.jsonl"), new)
         self.rows += rows
         for row in rows:
-            if row.get("failed") and row["contender"] == "ours":
+            if row.get("failed") and row["contender"] in ("ours", "unknown"):
                 tqdm.write(f"{job_row(Job(grid, case))}: {outcome(row)}")
         bar.update()
 
@@ -286,7 +308,7 @@ class _Process:
         try:
             found: tuple[str, Any, Any] = self.receiver.recv()
         except EOFError:
-            self.process.join()
+            self.process.join(10.0)
             code = self.process.exitcode or 0
             how = f" by {signal.Signals(-code).name}" if code < 0 else f" with status {code}" if code else ""
             return f"the process ended{how}", None, None
@@ -300,7 +322,7 @@ class _Process:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(10.0)  # the driver may hold a process for longer than anybody wants to wait
         self.receiver.close()
 
 
@@ -312,6 +334,9 @@ class _Messages(Watch):
 
     def started(self, job: Job, seconds: float) -> None:
         self.sender.send(("started", job.case, seconds))
+
+    def at(self, name: str) -> None:
+        self.sender.send(("at", None, name))
 
     def ended(self, job: Job, rows: Sequence[Row]) -> None:
         self.sender.send(("ended", job.case, list(rows)))
@@ -347,7 +372,11 @@ def _measure_grid(
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler that counts memory prints
     torch.set_num_threads(threads)
     grid: Grid = importlib.import_module(module).GRIDS[name]
-    run([Job(grid, case) for case in cases], machine, settings, deadline, _Messages(sender))
+    try:
+        run([Job(grid, case) for case in cases], machine, settings, deadline, _Messages(sender))
+    except DeviceLost as error:
+        sender.send(("lost", None, error.name))
+        raise
 
 
 @contextmanager

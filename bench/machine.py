@@ -128,11 +128,12 @@ def commit(root: Path, *packages: str) -> str:
         return "unknown"
 
     def ask(*arguments: str) -> str:
-        done = subprocess.run([git, "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run([git, "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
+    head = ask("rev-parse", "--short", "HEAD")  # empty where git refuses, as in a folder of another user
     changed = ask("status", "--porcelain", "--", *packages, ":!bench/results")
-    return ask("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    return head + ("-dirty" if changed else "") if head else "unknown"
 
 
 def code_hash(root: Path) -> str:

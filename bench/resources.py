@@ -192,7 +192,7 @@ def judge(module: str, index: int, capability: int) -> Outcome:
 def programs_at_grids(capability: int) -> dict[Tiling, tuple[int, int]]:
     """The fewest and the most programs of each tiling at the shapes of the benchmarks' grids."""
     from bench.grids import GRIDS
-    from bench.rehearsal import launches_of
+    from bench.launches import launches_of
 
     found: dict[Tiling, tuple[int, int]] = {}
     for grid in GRIDS.values():

@@ -116,4 +116,6 @@ def outcome(row: Row) -> str:
         return f"skipped: {row['skipped']}"
     if "failed" in row:
         return f"FAILED: {row['failed']}"
+    if row["correct"]:
+        return "not timed: another contender failed"
     return f"WRONG: error {row['error']}, allowed {row['allowed']}"

@@ -3,7 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ class Settings:
     results: Path
     seconds: float = 1.0  # of timing for each contender of a case
     longest_call: float = 60.0  # seconds; a case with a longer one is skipped
+    without: tuple[str, ...] = ()  # contenders to leave out
     again: bool = False  # measure what is already there
 
 
@@ -50,6 +51,9 @@ class Watch:
     def started(self, job: Job, seconds: float) -> None:
         """A case begins and takes about so long."""
         self.bar.set_description(f"{job.grid.name} {'x'.join(map(str, job.case.shape))} {job.case.dtype}")
+
+    def at(self, name: str) -> None:
+        """A contender of the case has its turn; the empty name stands for all of them, in turns."""
 
     def ended(self, job: Job, rows: Sequence[Row]) -> None:
         """Its rows, which are on disk; of a case that is left out, none."""
@@ -103,7 +107,7 @@ def run(
     rows: list[Row] = []
     stamp = machine.stamp()
     known = _known_rows(jobs, machine, settings)
-    factor = 1.0  # by which the worst job so far took longer than expected
+    factor: float | None = None  # by which the last job took longer than expected; the first one loads everything
     watch = watch or Watch(jobs)
     for job in jobs:
         present = known.get(identity(stamp | job_row(job)), [])
@@ -113,18 +117,19 @@ def run(
             continue
         expected = expected_seconds(job.grid, job.case, machine, settings)
         started = time.monotonic()
-        if started + factor * expected > deadline:
+        if started + (factor or 1.0) * expected > deadline:
             watch.ended(job, [])
             continue
         watch.started(job, expected)
         lost: DeviceLost | None = None
         try:
-            found = run_case(job.grid, job.case, machine, settings)
+            found = run_case(job.grid, job.case, machine, settings, watch.at)
         except DeviceLost as error:
-            lost, found = error, [_failed(error.name, error)]
+            lost = error
+            found = [row for row in error.rows if row["contender"] != error.name] + [_failed(error.name, error)]
         if machine.device.type == "cuda" and lost is None:
             torch.cuda.empty_cache()
-        factor = max(factor, (time.monotonic() - started) / expected)
+        factor = 1.0 if factor is None else max(1.0, (time.monotonic() - started) / expected)
         found = stamped(job, machine, stamp, found)
         append_rows(results_path(job.grid, machine, settings), found)
         rows += found
@@ -171,8 +176,13 @@ def expected_seconds(grid: Grid, case: Case, machine: Machine, settings: Setting
     return 2 * call + COMPILE_SECONDS + 4 * max(settings.seconds, 5 * call / 2)
 
 
-def run_case(grid: Grid, case: Case, machine: Machine, settings: Settings) -> list[Row]:
-    """The rows of one case, one a contender; a contender has a time only if it is right."""
+def run_case(
+    grid: Grid, case: Case, machine: Machine, settings: Settings, at: Callable[[str], None] = lambda _: None
+) -> list[Row]:
+    """The rows of one case, one a contender; a contender has a time only if it is right.
+
+    Before its first call, `at` gets its name; an empty one before all of them are timed.
+    """
     memory = grid.heaviest(case.shape).memory
     if memory > FITTING_SHARE * machine.memory:
         return _skipped(f"needs {memory / 2**30:.0f} GiB, {machine.memory / 2**30:.0f} are there")
@@ -182,7 +192,7 @@ def run_case(grid: Grid, case: Case, machine: Machine, settings: Settings) -> li
     torch.compiler.reset()  # or torch.compile gives up on a function after a few shapes
     torch.set_float32_matmul_precision(MATMUL_PRECISIONS[case.dtype])
     try:
-        return _gate_and_measure(grid, case, machine, settings)
+        return _gate_and_measure(grid, case, machine, settings, at)
     except torch.OutOfMemoryError as error:
         return _skipped(str(error).splitlines()[0])
     finally:
@@ -194,7 +204,9 @@ def _skipped(reason: str) -> list[Row]:
     return [{"contender": "ours", "skipped": reason}]
 
 
-def _gate_and_measure(grid: Grid, case: Case, machine: Machine, settings: Settings) -> list[Row]:
+def _gate_and_measure(
+    grid: Grid, case: Case, machine: Machine, settings: Settings, at: Callable[[str], None]
+) -> list[Row]:
     torch.manual_seed(0)
     inputs = grid.inputs(case.shape, DTYPES[case.dtype], machine.device)
     truth = reference_results(grid, inputs, torch.float64)
@@ -206,9 +218,12 @@ def _gate_and_measure(grid: Grid, case: Case, machine: Machine, settings: Settin
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
     contenders = {
-        name: contender for name, contender in grid.contenders().items() if machine.device.type in contender.devices
+        name: contender
+        for name, contender in grid.contenders().items()
+        if machine.device.type in contender.devices and name not in settings.without
     }
     for name, contender in contenders.items():
+        at(name)
         try:
             given, expected = inputs, truth
             if contender.own is not None:
@@ -218,7 +233,7 @@ def _gate_and_measure(grid: Grid, case: Case, machine: Machine, settings: Settin
             errors = relative_errors(step(), expected)
         except Exception as error:  # any library may be among the contenders: its row says what it raised
             rows[name] = _failed(name, error)
-            _check_device(name, machine.device)
+            _check_device(name, machine.device, rows)
             continue
         limits = allowed if name == "ours" else [BASELINE_LIMIT] * len(errors)
         correct = all(error <= limit for error, limit in zip(errors, limits, strict=True))
@@ -232,7 +247,8 @@ def _gate_and_measure(grid: Grid, case: Case, machine: Machine, settings: Settin
         return list(rows.values())  # no ratio is reported on a red gate
     itemsize = DTYPES[case.dtype].itemsize
     bound = 1e3 * machine.seconds(grid.bound(case.shape, itemsize), case.dtype)
-    for times in _timed_alike(contenders, steps, machine.device, settings):
+    at("")
+    for times in _timed_alike(contenders, steps, machine.device, settings, rows):
         for name, taken in times.items():
             if "median_ms" in rows[name]:
                 continue
@@ -251,22 +267,36 @@ def _gate_and_measure(grid: Grid, case: Case, machine: Machine, settings: Settin
 
 
 def _timed_alike(
-    contenders: Mapping[str, Contender], steps: Mapping[str, Step], device: torch.device, settings: Settings
+    contenders: Mapping[str, Contender],
+    steps: Mapping[str, Step],
+    device: torch.device,
+    settings: Settings,
+    rows: Mapping[str, Row],
 ) -> Iterator[dict[str, Times]]:
     """Times of all steps, in groups that are each timed in one way; ours is in every group."""
     graph = device.type == "cuda" and contenders["ours"].captured
     alike = {name: step for name, step in steps.items() if not graph or contenders[name].captured}
-    yield measure(alike, device, settings.seconds, graph)
-    if others := {name: step for name, step in steps.items() if name not in alike}:
-        yield measure({"ours": steps["ours"]} | others, device, settings.seconds, graph=False)
+    others = {name: step for name, step in steps.items() if name not in alike}
+    try:
+        yield measure(alike, device, settings.seconds, graph)
+        if others:
+            yield measure({"ours": steps["ours"]} | others, device, settings.seconds, graph=False)
+    except DeviceLost as error:
+        error.rows = list(rows.values())
+        raise
+    except RuntimeError:
+        _check_device("ours", device, rows)
+        raise
 
 
-def _check_device(name: str, device: torch.device) -> None:
+def _check_device(name: str, device: torch.device, rows: Mapping[str, Row]) -> None:
     """Raise `DeviceLost` if what a contender did has left the GPU without use."""
     try:
         synchronize(device)
     except RuntimeError as error:
-        raise DeviceLost(name, "the GPU is lost to the process", error) from error
+        lost = DeviceLost(name, "the GPU is lost to the process", error)
+        lost.rows = list(rows.values())
+        raise lost from error
 
 
 def _failed(name: str, error: Exception) -> Row:

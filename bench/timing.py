@@ -30,11 +30,17 @@ class Times:
 
 
 class DeviceLost(RuntimeError):
-    """Something went wrong after which nothing more is to be done on the GPU in this process."""
+    """Something went wrong after which nothing more is to be done on the GPU in this process.
+
+    Attributes:
+        name: of the contender at work.
+        rows: what was known by then of the case at hand.
+    """
 
     def __init__(self, name: str, what: str, error: Exception) -> None:
         super().__init__(f"{what}: {error}")
-        self.name = name  # of the contender
+        self.name = name
+        self.rows: list[dict[str, Any]] = []
 
 
 def measure(steps: Mapping[str, Step], device: torch.device, seconds: float, graph: bool = True) -> dict[str, Times]:
@@ -47,7 +53,7 @@ def measure(steps: Mapping[str, Step], device: torch.device, seconds: float, gra
         graph: on a GPU, replay CUDA graphs of the steps; otherwise launch them.
 
     Raises:
-        DeviceLost: a graph cannot hold one of the steps.
+        DeviceLost: the capture of one of the steps failed.
     """
     gc.collect()
     return _measure_cuda(steps, device, seconds, graph) if device.type == "cuda" else _measure_cpu(steps, seconds)
@@ -69,8 +75,7 @@ def _measure_cuda(steps: Mapping[str, Step], device: torch.device, seconds: floa
     hosts = {name: _host_milliseconds(step, device) for name, step in steps.items()}
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
     # The GPU is kept busy until the host has launched everything, so that no gap between launches is timed.
-    ahead = 0.1 if graph else 1.5 * max(hosts.values())
-    flushes = 1 + math.ceil(1e-3 * ahead / _wall(flush.zero_, device))
+    flushes = _times_to_fill(0.1 if graph else 1.5 * max(hosts.values()), lambda: _wall(flush.zero_, device))
     repeats = _repeats(sum(_wall(step, device) for step in timed.values()), seconds * len(steps))
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in steps}
     for _ in range(repeats):
@@ -89,6 +94,11 @@ def _measure_cuda(steps: Mapping[str, Step], device: torch.device, seconds: floa
         )
         for name in timed
     }
+
+
+def _times_to_fill(milliseconds: float, wall: Callable[[], float]) -> int:
+    """How often something must be done to take so long; the first time may take longer, as its code is loaded."""
+    return 1 + math.ceil(1e-3 * milliseconds / min(wall() for _ in range(3)))
 
 
 def _host_milliseconds(step: Step, device: torch.device) -> float:
@@ -120,7 +130,7 @@ def _capture(name: str, step: Step) -> Step:
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        raise DeviceLost(name, "no CUDA graph can hold it, which is to be declared", error) from error
+        raise DeviceLost(name, "in the capture of a CUDA graph, which it may have to be kept from", error) from error
     return graph.replay
 
 

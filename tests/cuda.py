@@ -30,7 +30,7 @@ class Captured:
     """The results of a call, which `replay` writes anew: by a CUDA graph, or without CUDA by the call itself.
 
     The call must be one that a graph can hold, because a capture that fails may harm the process, see
-    https://github.com/pytorch/pytorch/issues/180395.
+    https://github.com/pytorch/pytorch/pull/180395.
     """
 
     def __init__(self, call: Callable[[], Any]) -> None:

@@ -76,17 +76,28 @@ def _numba_installed() -> bool:
     return _finds_numba() and not _forked
 
 
-@functools.cache
 def _finds_numba() -> bool:
-    """By importing it: each numba refuses the versions of NumPy that are newer than itself, and only then."""
+    """Whether numba can be imported; where it is installed and cannot, that is said once."""
+    reason, told = _against_numba()
+    if reason and not told:
+        told.append(True)
+        warnings.warn(f"block-sparse products on a CPU are plain torch: {reason}", RuntimeWarning, stacklevel=2)
+    return reason is None
+
+
+@functools.cache
+def _against_numba() -> tuple[str | None, list[bool]]:
+    """Why there is no numba, empty if it is just not installed, and whether that was told.
+
+    By importing it: each numba refuses the versions of NumPy that are newer than itself, and only then.
+    """
     if importlib.util.find_spec("numba") is None:
-        return False
+        return "", []
     try:
         importlib.import_module("numba")
     except ImportError as error:
-        warnings.warn(f"block-sparse products on a CPU are plain torch: {error}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+        return str(error), []
+    return None, []
 
 
 _forked = False

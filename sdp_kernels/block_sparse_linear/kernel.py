@@ -268,7 +268,7 @@ def _product_kernel(
     tl.store(place, sums.to(output.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["elements", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def _finish_kernel(
     sums,  # (splits, tokens, out) float32
     bias,  # (out,), read if HAS_BIAS

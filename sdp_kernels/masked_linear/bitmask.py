@@ -206,7 +206,7 @@ def unpack_bits(words: Tensor, columns: int) -> Tensor:
     _require_little_endian()
     octets = words.flatten().view(torch.uint8)
     # What is made inside of a capture holds nothing yet: it belongs to the graph and must not be kept for others.
-    make = make_patterns if is_captured(words) else _patterns
+    make = _make_patterns if is_captured(words) else _patterns
     patterns = make(words.device).index_select(0, octets.int())
     mask = patterns.view(torch.bool).view(words.shape[0], words.shape[1] * WORD_BITS)
     return mask[:, :columns].contiguous()
@@ -223,14 +223,14 @@ def _(words: Tensor, columns: int) -> Tensor:
     return words.new_empty((words.shape[0], columns), dtype=torch.bool)
 
 
-def make_patterns(device: torch.device) -> Tensor:
+def _make_patterns(device: torch.device) -> Tensor:
     """(256,) int64 whose eight bytes are the bits of their index, the lowest first."""
     index = torch.arange(256, device=device)[:, None]
     bits = (index >> torch.arange(8, device=device)) & 1
     return bits.to(torch.uint8).view(torch.int64).flatten()
 
 
-_patterns = functools.cache(make_patterns)
+_patterns = functools.cache(_make_patterns)
 
 
 def _require_little_endian() -> None:

@@ -1,13 +1,12 @@
 """Pruned weights set to zero on a GPU: a list of them in one launch, or into a copy.
 
 A table on the device holds the address, mask and shape of every weight, and a map tells each program which is its
-own. Both are kept for the next call: while a model stays where it is, nothing is moved from the host. A CUDA graph
-could outlive a table, so inside of a capture each weight has a launch of its own, whose addresses the graph holds.
+own. Both are kept for the next call: while a model stays where it is, nothing is moved from the host. What a CUDA graph
+reads is kept for good, and must have been made before, because nothing can be moved from the host inside of a capture.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,6 +31,11 @@ ROWS = tl.constexpr(5)
 COLUMNS = tl.constexpr(6)
 FIRST_PROGRAM = tl.constexpr(7)
 FIELDS = tl.constexpr(8)
+
+Places = tuple[tuple[int, ...], ...]  # a row of the table for each weight, but for its first program
+MOST_TABLES = 8
+_tables: dict[tuple[Places, torch.device], tuple[Tensor, Tensor]] = {}
+_read_by_graphs: list[tuple[Tensor, Tensor]] = []
 
 
 @on_its_device
@@ -59,17 +63,14 @@ def masked_copy(weight: Tensor, mask: Tensor, out: Tensor | None = None) -> Tens
 
 
 def zero_in_place(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Write +0.0 where pruned, with one launch for all weights of one device and size of float, or one each."""
+    """Write +0.0 where pruned, with one launch for all weights of one device and size of float."""
     groups: dict[tuple[torch.device, int], tuple[list[Tensor], list[Tensor]]] = {}
     for weight, mask in zip(weights, masks, strict=True):
         if weight.is_cuda and triton.knobs.runtime.interpret:
             raise NotImplementedError("Triton's interpreter cannot follow the addresses of CUDA tensors")
         if not weight.numel():
             continue
-        if weight.is_contiguous() and is_captured(weight):
-            masked_copy(weight, mask, out=weight)
-            continue
-        if weight.stride(1) != 1 or is_captured(weight):
+        if weight.stride(1) != 1:
             weight.copy_(masked_copy(weight, mask))
             continue
         group = groups.setdefault((weight.device, weight.itemsize), ([], []))
@@ -92,15 +93,33 @@ def _zero_together(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         )
         for weight, mask in zip(weights, masks, strict=True)
     )
-    table, weight_of = _table(places, weights[0].device)
+    table, weight_of = _table(places, weights[0])
     _zero_kernel[(weight_of.numel(),)](
         table, weight_of, TYPE=TYPES[weights[0].itemsize], BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _table(places: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The table of these places. It depends on nothing else, so it stays true when memory is freed and used again."""
+def _table(places: Places, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The table of these places and the weight of each program; inside of a capture, those made before."""
+    key = places, weight.device
+    found = _tables.pop(key, None)
+    if is_captured(weight):
+        if found is None:
+            raise RuntimeError(
+                "zero_ goes into a CUDA graph only with weights and masks that it was called with before: it has "
+                "a table of their addresses, which cannot be moved to the device inside of a capture"
+            )
+        _read_by_graphs.append(found)
+    elif found is None:
+        found = _make_table(places, weight.device)
+        if len(_tables) == MOST_TABLES:
+            del _tables[next(iter(_tables))]  # the one that was not used for the longest time
+    _tables[key] = found
+    return found
+
+
+def _make_table(places: Places, device: torch.device) -> tuple[Tensor, Tensor]:
+    """They depend on the places alone, so they stay true when memory is freed and used again."""
     table = []
     first_program = 0
     for place in places:

@@ -25,6 +25,7 @@ def zero_(weights: Tensor | Sequence[Tensor], masks: Tensor | BitMask | Sequence
     Raises:
         ValueError: not as many masks as weights, or shapes or devices differ.
         TypeError: a weight is not floating-point, or a mask is neither bool nor `BitMask`.
+        RuntimeError: inside the capture of a CUDA graph, with weights and masks that it was not called with before.
     """
     weight_list = [weights] if isinstance(weights, Tensor) else list(weights)
     mask_list = [masks] if isinstance(masks, Tensor | BitMask) else list(masks)

@@ -37,13 +37,13 @@ def raising(x: Tensor) -> Tensor:
     return squares(x)
 
 
-def grid_of(name: str, ours: Callable[..., Any]) -> Grid:
+def grid_of(name: str, ours: Callable[..., Any], baseline: Callable[..., Any] = squares) -> Grid:
     return Grid(
         name=name,
         shapes=SHAPES,
         inputs=lambda shape, dtype, device: {"x": torch.randn(shape, dtype=dtype, device=device)},
         reference=squares,
-        contenders=lambda: {"ours": direct(ours), "eager": direct(squares)},
+        contenders=lambda: {"ours": direct(ours), "eager": direct(baseline)},
         bound=lambda shape, itemsize: Work(2 * math.prod(shape), itemsize * math.prod(shape), 0),
         heaviest=lambda shape: Work(4 * math.prod(shape), 8 * math.prod(shape), 16 * math.prod(shape)),
         grad_args=("x",),
@@ -54,3 +54,4 @@ GRIDS = {
     name: grid_of(name, ours)
     for name, ours in (("dying", dying), ("hanging", hanging), ("raising", raising), ("fine", squares))
 }
+GRIDS["dying_baseline"] = grid_of("dying_baseline", squares, dying)

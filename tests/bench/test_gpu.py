@@ -74,6 +74,15 @@ def test_a_crash_and_a_hang_cost_one_case_each(
     assert capsys.readouterr().out.strip() == "no new rows"
 
 
+def test_a_baseline_that_kills_its_process_is_left_out(tmp_path: Path) -> None:
+    rows = run_planted(["dying_baseline"], tmp_path)
+    assert shapes_of(rows, contender="ours", correct=True) == [[4, 3], [16, 3]]
+    assert shapes_of(rows, contender="eager", correct=True) == [[4, 3]]
+    (lost,) = [row for row in rows if "failed" in row]
+    assert (lost["contender"], lost["shape"]) == ("eager", [8, 3])
+    assert "correct" not in lost, "nothing of ours is wrong"
+
+
 def test_a_file_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.jsonl").write_text('{"shape": [1]}\n')
     for name in ("broken.jsonl", "missing.jsonl"):

@@ -14,7 +14,7 @@ from torch import Tensor
 import bench.__main__
 from bench.grid import Case, Contender, Grid, Work, direct
 from bench.machine import Machine
-from bench.results import read_rows
+from bench.results import read_rows, table
 from bench.runner import Job, Settings, results_path, run, run_case
 from bench.timing import DeviceLost, Times
 
@@ -203,6 +203,25 @@ def test_a_lost_device_ends_the_run_after_its_row(
         run(jobs, machine, settings)
     (row,) = read_rows(results_path(grid, machine, settings))
     assert (row["contender"], row["correct"], row["shape"]) == ("ours", False, [4, 3])
+
+
+def test_a_baseline_that_loses_the_device_leaves_what_was_known(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any) -> None:
+        raise DeviceLost("eager", "in the capture of a CUDA graph", RuntimeError("not permitted"))
+
+    grid = grid_of(squares, eager=squares)
+    monkeypatch.setattr("bench.runner.measure", lose)
+    with pytest.raises(DeviceLost):
+        run([Job(grid, CASE)], machine, settings)
+    ours, eager = read_rows(results_path(grid, machine, settings))
+    assert (ours["contender"], ours["correct"]) == ("ours", True)
+    assert "not timed" in table([ours])
+    assert eager["failed"] == "DeviceLost: in the capture of a CUDA graph: not permitted"
+    monkeypatch.undo()
+    rows = run_case(grid, CASE, machine, replace(settings, without=("eager",)))
+    assert [row["contender"] for row in rows] == ["ours"]
 
 
 @pytest.mark.parametrize(("ours", "status"), [(squares, 0), (wrong_value, 1)])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.grids.cross_correlation import eager
 from bench.runner import Step
-from bench.timing import measure, peak_mib
+from bench.timing import _times_to_fill, measure, peak_mib
 from sdp_kernels import cross_correlation_loss
 
 CPU = torch.device("cpu")
@@ -49,6 +49,11 @@ def test_contenders_take_turns() -> None:
     turns = []
     measure({name: partial(turns.append, name) for name in "abc"}, CPU, seconds=0.0)
     assert "".join(turns) == 6 * "abc"
+
+
+def test_the_first_and_slowest_time_does_not_count() -> None:
+    walls = iter([1e-2, 1e-4, 2e-4])
+    assert _times_to_fill(0.95, lambda: next(walls)) == 11
 
 
 @pytest.mark.gpu

@@ -19,33 +19,44 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.import_module(f"sdp_kernels.{name}"), "is_captured", lambda tensor: True)
 
 
-@pytest.mark.usefixtures("captured")
-def test_zeroing_leaves_no_table_behind_that_a_graph_would_read(
+def test_zeroing_keeps_what_a_graph_reads(
     device: torch.device, triton_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel_zero = importlib.import_module("sdp_kernels.masked_linear.kernel_zero")
-    monkeypatch.setattr(kernel_zero, "is_captured", lambda tensor: True)
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("a table may be freed before the graph is replayed")
-
-    monkeypatch.setattr(kernel_zero, "_table", refuse)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(kernel_zero, "_tables", {})
+    monkeypatch.setattr(kernel_zero, "_read_by_graphs", kept)
     wide = torch.randn(9, 70, device=device)
     weights = [torch.randn(5, 70, device=device), wide[:, 3:60], torch.randn(6, 33, device=device).T]
     masks = [torch.rand(weight.shape, device=device) < 0.5 for weight in weights]
-    expected = [torch.where(mask, weight, 0) for weight, mask in zip(weights, masks, strict=True)]
-    outside = wide[:, :3].clone()
+    others = [torch.randn(3, 40, device=device) for _ in range(kernel_zero.MOST_TABLES)]
     with use_backend(triton_backend):
-        zero_(weights, [masks[0], BitMask.from_bool(masks[1]), masks[2]])
-    for weight, want in zip(weights, expected, strict=True):
-        assert torch.equal(weight, want)
-    assert torch.equal(wide[:, :3], outside)
+        monkeypatch.setattr(kernel_zero, "is_captured", lambda tensor: True)
+        with pytest.raises(RuntimeError, match="weights and masks that it was called with before"):
+            zero_(weights, masks)
+        monkeypatch.setattr(kernel_zero, "is_captured", lambda tensor: False)
+        zero_(weights, masks)
+        (table,) = kernel_zero._tables.values()
+        assert not kept
+        for weight in weights:
+            weight.normal_()
+        expected = [torch.where(mask, weight, 0) for weight, mask in zip(weights, masks, strict=True)]
+        monkeypatch.setattr(kernel_zero, "is_captured", lambda tensor: True)
+        zero_(weights, masks)
+        for weight, want in zip(weights, expected, strict=True):
+            assert torch.equal(weight, want)
+        monkeypatch.setattr(kernel_zero, "is_captured", lambda tensor: False)
+        for other in others:  # push the table out
+            zero_(other, torch.ones_like(other).bool())
+    assert len(kernel_zero._tables) == kernel_zero.MOST_TABLES
+    assert all(found is not table for found in kernel_zero._tables.values())
+    assert kept == [table], "the graph still reads it"
 
 
 def test_patterns_first_made_inside_a_capture_are_not_kept(
     device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = functools.cache(bitmask.make_patterns)
+    kept = functools.cache(bitmask._make_patterns)
     monkeypatch.setattr(bitmask, "_patterns", kept)
     mask = torch.rand(5, 70, device=device) < 0.5
     packed = BitMask.from_bool(mask)

@@ -160,7 +160,7 @@ def test_all_candidates_of_a_tuning_are_known_before_any_is_timed(tmp_path: Path
 SIZES = """
 from bench.grid import Case
 from bench.grids import GRIDS
-from bench.rehearsal import launches_of
+from bench.launches import launches_of
 
 ALIKE = {
     "block_sparse": [(rows, 768, 3072, 32, 32, 50) for rows in (1000, 1001, 1008)],

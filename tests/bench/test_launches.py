@@ -15,7 +15,7 @@ COMPARE = """
 import torch
 from bench.grid import Case
 from bench.grids import GRIDS
-from bench.rehearsal import _Implementations, launches_of
+from bench.launches import _Implementations, launches_of
 from bench.runner import Step, require_gradients
 from sdp_kernels import dispatch, use_backend
 from sdp_kernels.compile_ahead import recorded, target_gpu
