@@ -18,12 +18,15 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 
 from sdp_kernels.checks import check_choice
 
 BACKENDS = ("triton", "cpu", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Kinds of devices that torch knows autocast for, whether there is one or not. Asked once: torch.compile cannot, in 2.11.
+AUTOCAST_DEVICES = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if is_autocast_available(kind))
 
 
 class _Choice(threading.local):
@@ -128,7 +131,7 @@ def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast would convert this input of a product to; None where it leaves it alone."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if tensor.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

@@ -18,8 +18,8 @@ from sdprune.data.examples import EncodedExamples
 
 
 def best_device() -> torch.device:
-    """Return the accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    """Return the accelerator, or the CPU where there is none: torch may be built for one that is not there."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def collate(tokenizer: Any, rows: list[dict[str, Any]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
