@@ -25,17 +25,27 @@ from sdp_kernels.checks import check_choice
 
 BACKENDS = ("triton", "cpu", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Kinds of devices that torch knows autocast for, whether there is one or not. Asked once: torch.compile cannot, in 2.11.
+# Kinds of devices that torch knows autocast for, whether there is one or not. The torch.compile of 2.11 cannot ask.
 AUTOCAST_DEVICES = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if is_autocast_available(kind))
 
 
-class _Choice(threading.local):
-    """What `use_backend` asks for in this thread. (torch.compile cannot read a ContextVar.)"""
+class _Choice:
+    """What `use_backend` asks for."""
 
     forced: str | None = None
 
 
-_choice = _Choice()
+class _Thread(threading.local):
+    """The choice of this thread, an object in which torch.compile notices a change.
+
+    It cannot read a ContextVar, and that of torch 2.11 takes what lies right in a `threading.local` for constant.
+    """
+
+    def __init__(self) -> None:
+        self.choice = _Choice()
+
+
+_thread = _Thread()
 
 
 @contextmanager
@@ -50,11 +60,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: the name is none of these.
     """
     check_choice("name", name, BACKENDS)
-    before, _choice.forced = _choice.forced, name
+    choice = _thread.choice
+    before, choice.forced = choice.forced, name
     try:
         yield
     finally:
-        _choice.forced = before
+        choice.forced = before
 
 
 def choose_backend(
@@ -74,7 +85,7 @@ def choose_backend(
     """
     if not torch.compiler.is_compiling() and any(map(_has_tangent, tensors)):
         raise NotImplementedError(f"{op} has no forward-mode derivative; differentiate backward")
-    forced = _choice.forced
+    forced = _thread.choice.forced
     if forced is not None:
         reasons = reasons_against(forced, tensors, offers, against_triton)
         if reasons:

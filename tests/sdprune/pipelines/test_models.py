@@ -12,13 +12,21 @@ from transformers import GPT2Config, GPT2Model, GPT2TokenizerFast
 
 from sdprune.data.examples import Examples, encode
 from sdprune.data.tasks import Task
-from sdprune.pipelines.evaluate import predict, speedup
+from sdprune.pipelines.evaluate import best_device, predict, speedup
 from sdprune.pipelines.models import align_labels, load_classifier
 
 
 def make_task(*names: str) -> Task:
     examples = Examples((("a film",), ("the plot",), ("a story",)), (0, 1, 1))
     return Task("own", names, examples, examples, examples, ("accuracy",))
+
+
+def test_a_torch_built_for_a_gpu_that_is_not_there_runs_on_the_cpu(monkeypatch):
+    def current_accelerator(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert best_device() == torch.device("cpu")
 
 
 def test_a_trained_head_is_kept(model_folder):
