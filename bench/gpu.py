@@ -234,7 +234,9 @@ class _Session:
                         before = len(self.left[name])
                         whole = self._attend(name, seconds, bar)
                         self.losses[name] += not whole
-                        progress |= len(self.left[name]) < before
+                        if len(self.left[name]) == before:
+                            break
+                        progress = True
 
     def _attend(self, name: str, seconds: float, bar: "tqdm[Any]") -> bool:
         """Run a process for what is left of a grid; whether it ended by itself. One case goes with one that did not."""

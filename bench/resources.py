@@ -189,13 +189,14 @@ def judge(module: str, index: int, capability: int) -> Outcome:
     return Outcome(*known, resources, reasons_against(config, capability, resources))
 
 
-def programs_at_grids(capability: int) -> dict[Tiling, tuple[int, int]]:
-    """The fewest and the most programs of each tiling at the shapes of the benchmarks' grids."""
+def programs_at_grids(capability: int, grids: Sequence[str] | None = None) -> dict[Tiling, tuple[int, int]]:
+    """The fewest and the most programs of each tiling at the shapes of the benchmarks' grids, all unless named."""
     from bench.grids import GRIDS
     from bench.launches import launches_of
 
     found: dict[Tiling, tuple[int, int]] = {}
-    for grid in GRIDS.values():
+    for name in grids or GRIDS:
+        grid = GRIDS[name]
         for case in grid.cases("cuda"):
             for launch in launches_of(grid, case, capability):
                 kernel = getattr(importlib.import_module(launch.specialisation.module), launch.specialisation.kernel)

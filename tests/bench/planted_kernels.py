@@ -49,8 +49,9 @@ PLANTED = {
 }
 
 if __name__ == "__main__":
-    found = {}
-    for name, config in PLANTED.items():
-        resources = compile_config(config, int(sys.argv[1]))
-        found[name] = {"reasons": reasons_against(config, int(sys.argv[1]), resources), **vars(resources)}
+    found: dict[str, dict[str, object]] = {capability: {} for capability in sys.argv[1:]}
+    for capability, of_this in found.items():
+        for name, config in PLANTED.items():
+            resources = compile_config(config, int(capability))
+            of_this[name] = {"reasons": reasons_against(config, int(capability), resources), **vars(resources)}
     json.dump(found, sys.stdout)

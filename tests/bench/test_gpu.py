@@ -34,7 +34,7 @@ def shapes_of(rows: list[Row], **of: Any) -> list[list[int]]:
     return [row["shape"] for row in rows if all(row.get(name) == value for name, value in of.items())]
 
 
-def run_planted(names: list[str], results: Path, minutes: float = 2.0, longest_case: float = 4.0) -> list[Row]:
+def run_planted(names: list[str], results: Path, minutes: float = 2.0, longest_case: float = 1.0) -> list[Row]:
     import planted_grids
 
     plan = Plan({name: planted_grids.GRIDS[name] for name in names}, "cpu", quick=False)
@@ -99,12 +99,10 @@ def test_a_run_goes_on_where_it_stopped(machine: Machine, tmp_path: Path) -> Non
     assert read_rows(tmp_path / machine.slug / "all.jsonl") == again
 
 
-def test_the_end_of_the_time_leaves_what_was_measured(tmp_path: Path) -> None:
+def test_the_end_of_the_time_costs_the_case_at_hand_alone(tmp_path: Path) -> None:
     started = time.monotonic()
-    rows = run_planted(["fine", "hanging"], tmp_path, minutes=0.6, longest_case=300.0)
-    assert time.monotonic() - started < 60
-    assert shapes_of(rows, op="fine", contender="ours")
-    assert not shapes_of(rows, op="hanging")
+    assert run_planted(["hanging"], tmp_path, minutes=0.35, longest_case=300.0) == []
+    assert time.monotonic() - started < 40
 
 
 @pytest.mark.parametrize(
