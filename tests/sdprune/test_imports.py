@@ -47,7 +47,7 @@ def test_importing_sdprune_is_cheap():
         f"import sdprune; print(time.process_time() - start, *[name for name in {HEAVY!r} if name in sys.modules], "
         f"*[name for name in {BROUGHT!r} if name in sys.modules and name not in before])"
     )
-    found = [run(code).split() for _ in range(2)]
+    found = [run(code).split() for _ in range(4)]  # beside other tests a cache miss may cost as much as an import
     assert found[0][1:] == []
     assert min(float(took) for took, *_ in found) < 0.2
 
