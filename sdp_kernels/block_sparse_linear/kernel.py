@@ -264,7 +264,9 @@ def _product_kernel(
     if HAS_BIAS:
         sums += tl.load(bias + out, mask=out < out_features, other=0.0).to(tl.float32)[None, :]
     sums = _activate(sums, ACTIVATION)
-    place = output + (tl.program_id(1).to(tl.int64) * tokens + token[:, None]) * out_features + out[None, :]
+    if SPLIT:
+        output += tl.program_id(1).to(tl.int64) * tokens * out_features
+    place = output + token.to(tl.int64)[:, None] * out_features + out[None, :]
     tl.store(place, sums.to(output.dtype.element_ty), mask=kept)
 
 

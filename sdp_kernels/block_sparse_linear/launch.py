@@ -58,7 +58,9 @@ def choose_launch(tokens: int, height: int, dtype: torch.dtype, capability: int)
     block_tokens = min(largest, max(16, _power_above(tokens)))
     num_stages = max(2, min(most_stages, shared // shared_memory(block_tokens, height, dtype, 1)))
     held = 64 * 32 if dtype == torch.float32 else 64 * 64  # a larger tile does not fit into the registers of four warps
-    return Launch(block_tokens, 8 if block_tokens * height > held else 4, num_stages)
+    # Nor do the addresses of 128 tokens, four stages ahead, where no tensor core reads from shared memory.
+    many = block_tokens * height > held or (capability < 90 and block_tokens == 128)
+    return Launch(block_tokens, 8 if many else 4, num_stages)
 
 
 def shared_memory(block_tokens: int, height: int, dtype: torch.dtype, num_stages: int) -> int:

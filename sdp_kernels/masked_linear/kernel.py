@@ -148,7 +148,7 @@ def blocks_product(
 
 def _blocks_launch(tokens: int, height: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[int, int, int]:
     """Tokens of a tile, warps and stages, which fit into 99 KiB of shared memory."""
-    block_tokens, warps, _ = choose_launch(tokens, height, dtype, capability=86)
+    block_tokens, warps, _ = choose_launch(tokens, height, dtype, capability=90)
     stage = 64 * (block_tokens * dtype.itemsize + height * weight_dtype.itemsize)
     return block_tokens, warps, max(2, min(4, 92 * 1024 // stage))
 
