@@ -35,6 +35,7 @@ from bench.machine import Machine, measure_machine
 from bench.results import Row, append_rows, outcome, read_rows, summary
 from bench.runner import COMPILE_SECONDS, Job, Settings, Watch, job_row, results_path, run, stamped
 from bench.timing import DeviceLost
+from sdp_kernels.compile_ahead import Specialisation, compile_ahead
 
 GRIDS = "bench.grids"  # the module whose GRIDS are measured
 HOPPER = 90  # what kernels are compiled for where there is no GPU
@@ -68,7 +69,7 @@ class Plan:
 class Kernels:
     """What the grids would compile and launch."""
 
-    wanted: dict[str, Any] = field(default_factory=dict)  # specialisations by name, the most urgent first
+    wanted: dict[str, Specialisation] = field(default_factory=dict)  # by name, the most urgent first
     of_grid: dict[str, set[str]] = field(default_factory=dict)  # their names
     launches: dict[str, int] = field(default_factory=dict)
 
@@ -174,8 +175,6 @@ def _compile_kernels(plan: Plan, machine: Machine, seconds: float) -> None:
     if importlib.util.find_spec("triton") is None:
         _say("triton is not installed: there is nothing to compile")
         return
-    from sdp_kernels.compile_ahead import compile_ahead
-
     started = time.monotonic()
     kernels = kernels_of(plan, machine.capability or HOPPER)
     wanted = list(kernels.wanted.values())
@@ -262,9 +261,9 @@ class _Session:
                     contender = value
                 else:
                     break
-        if at_hand is None and kind != "the process ended":
-            tqdm.write(f"{name}: {kind} (see all.log)")
         whole = kind == "the process ended"
+        if not whole and at_hand is None:
+            tqdm.write(f"{name}: {kind} (see all.log)")
         if not whole and contender not in ("", "ours"):
             self.without[name] += (contender,)  # or it would take case after case with it
         if at_hand is not None and time.monotonic() < self.deadline:
