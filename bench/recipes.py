@@ -26,11 +26,11 @@ from sdprune.config import SDPruneConfig
 from sdprune.distillation.features import body_output, gather, token_mask
 from sdprune.files import write_text
 from sdprune.masking.select import select_linears
-from sdprune.pipelines.demo import FULL, QUICK, DemoSize, fine_tuned
-from sdprune.pipelines.evaluate import best_device, collate
-from sdprune.pipelines.run import SCORES_NAME, run, settled
-from sdprune.pipelines.workbench import Workbench, load_workbench
 from sdprune.recipe import RECIPE_NAME, Recipe, recipe_names
+from sdprune.runs.demo import FULL, QUICK, DemoSize, fine_tuned
+from sdprune.runs.predict import best_device, collate
+from sdprune.runs.run import SCORES_NAME, run, settled
+from sdprune.runs.workbench import Workbench, load_workbench
 from sdprune.training.progress import METRICS_NAME
 
 SPARSITY = 0.7

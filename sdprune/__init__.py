@@ -12,35 +12,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdprune.config import SDPruneConfig as SDPruneConfig
-    from sdprune.deployment.export import export as export
-    from sdprune.deployment.loader import load as load
-    from sdprune.deployment.plan import plan as plan
-    from sdprune.deployment.quantization_config import SDPruneQuantizationConfig as SDPruneQuantizationConfig
-    from sdprune.deployment.sparse_linear import BlockSparseLinear as BlockSparseLinear
+    from sdprune.exports.export import export as export
+    from sdprune.exports.load import load as load
+    from sdprune.formats.tag import SDPruneQuantizationConfig as SDPruneQuantizationConfig
+    from sdprune.layers.block_sparse import BlockSparseLinear as BlockSparseLinear
     from sdprune.masking.freeze import freeze_sparsity as freeze_sparsity
     from sdprune.masking.layers import MaskedLinear as MaskedLinear
-    from sdprune.pipelines.prune_then_distill import PruneThenDistillResult as PruneThenDistillResult
-    from sdprune.pipelines.prune_then_distill import prune_then_distill as prune_then_distill
-    from sdprune.pipelines.self_distilled import PruneResult as PruneResult
-    from sdprune.pipelines.self_distilled import prune as prune
+    from sdprune.runs.prune import PruneResult as PruneResult
+    from sdprune.runs.prune import prune as prune
+    from sdprune.runs.prune_then_distill import PruneThenDistillResult as PruneThenDistillResult
+    from sdprune.runs.prune_then_distill import prune_then_distill as prune_then_distill
+    from sdprune.speed.plan import plan as plan
     from sdprune.training.callback import SDPruneCallback as SDPruneCallback
     from sdprune.training.trainer import SDPruneTrainer as SDPruneTrainer
 
 _HOMES = {
-    "BlockSparseLinear": "sdprune.deployment.sparse_linear",
+    "BlockSparseLinear": "sdprune.layers.block_sparse",
     "MaskedLinear": "sdprune.masking.layers",
-    "PruneResult": "sdprune.pipelines.self_distilled",
-    "PruneThenDistillResult": "sdprune.pipelines.prune_then_distill",
+    "PruneResult": "sdprune.runs.prune",
+    "PruneThenDistillResult": "sdprune.runs.prune_then_distill",
     "SDPruneCallback": "sdprune.training.callback",
     "SDPruneConfig": "sdprune.config",
-    "SDPruneQuantizationConfig": "sdprune.deployment.quantization_config",
+    "SDPruneQuantizationConfig": "sdprune.formats.tag",
     "SDPruneTrainer": "sdprune.training.trainer",
-    "export": "sdprune.deployment.export",
+    "export": "sdprune.exports.export",
     "freeze_sparsity": "sdprune.masking.freeze",
-    "load": "sdprune.deployment.loader",
-    "plan": "sdprune.deployment.plan",
-    "prune": "sdprune.pipelines.self_distilled",
-    "prune_then_distill": "sdprune.pipelines.prune_then_distill",
+    "load": "sdprune.exports.load",
+    "plan": "sdprune.speed.plan",
+    "prune": "sdprune.runs.prune",
+    "prune_then_distill": "sdprune.runs.prune_then_distill",
 }
 
 __all__ = [
@@ -72,6 +72,6 @@ def __dir__() -> list[str]:
 
 
 if importlib.util.find_spec("transformers") is not None:  # masked layers and losses work without it
-    from sdprune.deployment.loader import register
+    from sdprune.exports.load import register
 
     register()

@@ -32,8 +32,8 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from sdprune.deployment.benchmark import ROWS_NAME, BenchmarkConfig, benchmark, load_model, threads
-    from sdprune.deployment.benchmark_report import outcome, table, write_report
+    from sdprune.speed.benchmark import ROWS_NAME, BenchmarkConfig, benchmark, load_model, threads
+    from sdprune.speed.report import outcome, table, write_report
 
     # The profiler that counts memory would print into the progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")

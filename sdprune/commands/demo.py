@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from sdprune.pipelines.demo import demo
+    from sdprune.runs.demo import demo
 
     metrics = demo(options.output, quick=options.quick)
     if options.quick:

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from sdprune.masking.pruner import measure_sparsity
     from sdprune.masking.select import select_linears
-    from sdprune.pipelines.workbench import load_workbench
+    from sdprune.runs.workbench import load_workbench
 
     names = DataConfig.field_names()
     data = DataConfig(**{name: value for name, value in vars(options).items() if name in names and value is not ABSENT})

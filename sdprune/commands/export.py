@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from sdprune.pipelines.export_folder import export_folder
+    from sdprune.runs.export_folder import export_folder
 
     print(export_folder(options.source, options.output, options.format))
     return 0

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from sdprune.deployment.inspection import inspect_folder
+    from sdprune.exports.inspect import inspect_folder
 
     found = inspect_folder(options.directory, options.variant)
     if options.heat_map is not None:

@@ -43,7 +43,7 @@ def _wrapped(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    from sdprune.pipelines.run import run as run_recipe
+    from sdprune.runs.run import run as run_recipe
 
     given = {name: value for name, value in vars(options).items() if name in option_names() and value is not ABSENT}
     if options.model is not None:

@@ -12,12 +12,12 @@ from typing import NamedTuple, cast
 
 from sdprune.data.examples import EncodedExamples, Examples, encode
 from sdprune.data.metrics import is_span_scheme
-from sdprune.data.multilingual import foreign_reviews
-from sdprune.data.sample import sample_reviews
 from sdprune.data.splits import split_grouped, split_stratified, stratified_order
 from sdprune.data.tables import FORMATS, Table, first_line, read_table
 from sdprune.data.xglue import XGLUE, load_xglue
 from sdprune.recipe import DataConfig
+from sdprune.samples.english import sample_reviews
+from sdprune.samples.multilingual import foreign_reviews
 
 __all__ = ["TASKS", "EncodedExamples", "Examples", "Task", "encode", "load_task"]
 
@@ -126,7 +126,8 @@ def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
         if config.data == MULTILINGUAL_REVIEWS:
             english = _movie_reviews(config.split_seed, sample_reviews(cache))
             reviews = replace(english, name=MULTILINGUAL_REVIEWS, label_names=("negative", "positive"))
-            return _limited(replace(reviews, zero_shot=foreign_reviews(cache)), config)
+            foreign = {language: _examples(found) for language, found in foreign_reviews(cache).items()}
+            return _limited(replace(reviews, zero_shot=foreign), config)
         load = _load_xglue if config.data in XGLUE else _load_glue
         return _limited(load(config.data, config.split_seed), config)
     path = Path(config.data)
@@ -154,10 +155,14 @@ def _movie_reviews(seed: int, path: Path) -> Task:
                 text = " ".join(row["text"].split())
                 reviews.setdefault(text, (row["movie_name"], int(row["category"] == "fresh")))
     movies = [movie for movie, _ in reviews.values()]
-    examples = Examples(tuple((text,) for text in reviews), tuple(label for _, label in reviews.values()))
+    examples = _examples({text: label for text, (_, label) in reviews.items()})
     split = split_grouped(movies, validation=VALIDATION_FRACTION, test=TEST_FRACTION, seed=seed)
     train, validation, test = map(examples.select, split)
     return Task(MOVIE_REVIEWS, ("rotten", "fresh"), train, validation, test, CLASSIFICATION_METRICS)
+
+
+def _examples(labels: Mapping[str, int]) -> Examples:
+    return Examples(tuple((text,) for text in labels), tuple(labels.values()))
 
 
 def _load_glue(name: str, seed: int, repository: str = "nyu-mll/glue") -> Task:

@@ -1,4 +1,4 @@
-"""The comparison of all recipes; the runs themselves are those of tests/sdprune/pipelines/test_recipes.py."""
+"""The comparison of all recipes; the runs themselves are those of tests/sdprune/runs/test_recipes.py."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ from bench import recipes as module
 from bench.__main__ import main
 from bench.recipes import NAMES, draw, markdown, recipe_of
 from sdprune.masking.schedule import pruning_moments
-from sdprune.pipelines.demo import FULL, QUICK
 from sdprune.recipe import Recipe, recipe_names
+from sdprune.runs.demo import FULL, QUICK
 
 DENSE = {"recipe": "dense", "sparsity": 0.0, "kept": 1.0, "accuracy": 0.82, "macro_f1": 0.81, "separability": 0.4}
 ROWS = [

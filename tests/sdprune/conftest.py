@@ -16,6 +16,9 @@ from transformers import (
 )
 
 from sdprune.data.examples import EncodedExamples, Examples, encode
+from tests.sdprune.architectures import architecture, make_architecture, make_dense
+
+__all__ = ["architecture", "make_architecture", "make_dense"]  # fixtures
 
 GOOD = ("great", "moving", "witty", "brilliant", "warm", "fresh")
 BAD = ("dull", "awful", "bland", "tired", "clumsy", "stale")

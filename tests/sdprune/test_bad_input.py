@@ -9,8 +9,8 @@ import torch
 from sdprune import SDPruneConfig, prune
 from sdprune.cli import main
 from sdprune.data.examples import EncodedExamples
-from sdprune.pipelines.workbench import load_workbench
 from sdprune.recipe import DataConfig
+from sdprune.runs.workbench import load_workbench
 from sdprune.training.checks import check_classes, labels_of
 
 FAST = {"max_steps": 8, "per_device_train_batch_size": 8}

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from sdprune.cli import main
-from sdprune.deployment.benchmark import prune_random_blocks
+from sdprune.speed.benchmark import prune_random_blocks
 
 FAST = ["--batch", "1,2", "--sequence", "8", "--repeats", "3", "--no-compile", "--threads", "1", "--device", "cpu"]
 

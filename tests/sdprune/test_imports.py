@@ -20,13 +20,17 @@ ORDER = (
     "config_base",
     "config",
     "recipe",
+    "samples",
     "data",
     "masking",
     "distillation",
-    "training",
-    "deployment",
     "analysis",
-    "pipelines",
+    "training",
+    "formats",
+    "layers",
+    "speed",
+    "exports",
+    "runs",
     "commands",
     "cli",
 )
@@ -120,7 +124,7 @@ def test_the_names_in_the_configuration_are_those_of_the_tables():
     from sdprune import config
     from sdprune.distillation.objectives import OBJECTIVES
     from sdprune.masking.criteria import CRITERIA
-    from sdprune.pipelines.assess import METHODS
+    from sdprune.runs.results import METHODS
 
     assert set(config.OBJECTIVES) == set(OBJECTIVES) == set(METHODS)
     assert set(config.CRITERIA) == set(CRITERIA)

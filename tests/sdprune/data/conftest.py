@@ -1,25 +1,5 @@
-"""The bundled sample, fetched once into the user's cache; what needs it is skipped where it cannot be fetched."""
+"""The bundled sample of reviews."""
 
-from collections.abc import Callable
-from pathlib import Path
+from tests.sdprune.samples.conftest import reviews_file
 
-import pytest
-
-from sdprune.data.sample import SampleUnavailable, sample_model, sample_reviews
-
-
-def _fetch_or_skip(fetch: Callable[[], Path]) -> Path:
-    try:
-        return fetch()
-    except SampleUnavailable as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def model_folder() -> Path:
-    return _fetch_or_skip(sample_model)
-
-
-@pytest.fixture(scope="session")
-def reviews_file() -> Path:
-    return _fetch_or_skip(sample_reviews)
+__all__ = ["reviews_file"]

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from sdprune.data.baselines import majority_baseline, tfidf_baseline
 from sdprune.data.examples import Examples
-from sdprune.data.metrics import compute, majority_baseline, paired_bootstrap_standard_error, tfidf_baseline
+from sdprune.data.metrics import compute, paired_bootstrap_standard_error
 from sdprune.data.tasks import Task
 
 

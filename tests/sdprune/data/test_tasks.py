@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdprune.data import tasks
-from sdprune.data.metrics import majority_baseline, tfidf_baseline
+from sdprune.data.baselines import majority_baseline, tfidf_baseline
 from sdprune.data.tasks import load_task
 from sdprune.recipe import DataConfig
 
@@ -97,7 +97,7 @@ def test_options_of_files_are_refused_for_tasks(option):
 def test_importing_costs_no_heavy_package():
     code = (
         "import sys, torch, sdprune; before = set(sys.modules)\n"
-        "import sdprune.data.tasks, sdprune.data.metrics, sdprune.data.sampler, sdprune.data.sample\n"
+        "import sdprune.data.tasks, sdprune.data.metrics, sdprune.data.sampler, sdprune.samples.english\n"
         "heavy = {'pandas', 'datasets', 'sklearn', 'scipy', 'transformers', 'pyarrow'}\n"
         "print(sorted(heavy & (set(sys.modules) - before)))"
     )

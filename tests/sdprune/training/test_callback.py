@@ -12,7 +12,7 @@ from sdprune import SDPruneCallback, SDPruneConfig
 from sdprune.masking.pruner import masked_fraction, measure_sparsity
 from sdprune.masking.schedule import sparsity_before
 from sdprune.masking.swap import masked_layers, unswap
-from sdprune.pipelines.export_folder import export_folder
+from sdprune.runs.export_folder import export_folder
 from sdprune.training.callback import STATE_NAME
 
 CONFIG = SDPruneConfig(target_sparsity=0.8, pruning_steps=3, end_ratio=0.5, distillation=None)

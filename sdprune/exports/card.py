@@ -1,0 +1,234 @@
+"""The model card (README.md) of an exported folder: where the model comes from, what it scores, where it loses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdprune.exports.inspect import Inspection, LayerReport, inspect_folder
+from sdprune.files import write_text
+
+CARD_NAME = "README.md"
+TAGS = ("sdprune", "pruning", "sparse")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One measurement: time of the dense base model over that of this one.
+
+    Args:
+        speedup: above 1 this model is faster.
+        device: name of the device.
+        dtype: of the weights, such as "float32".
+        batch: rows of a batch.
+        sequence: tokens of a row, padding included.
+        form: what ran: "dense weights with zeros", or "sparse layers", in words.
+    """
+
+    speedup: float
+    device: str
+    dtype: str
+    batch: int
+    sequence: int
+    form: str = "dense weights with zeros"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a card tells beside what the files themselves say.
+
+    Args:
+        base_model: hub id, or in words, of the model that was pruned.
+        method: in words or as the literature names it.
+        data: the training and test data in words.
+        seed: of the run.
+        metrics: scores of this model on the test rows, fractions.
+        dense_metrics: those of the model before pruning.
+        speeds: what was measured.
+        recipe: every setting, plain values.
+        task: pipeline tag of the hub, such as "text-classification".
+        dataset: hub id of the data, or None.
+    """
+
+    base_model: str
+    method: str
+    data: str
+    seed: int
+    metrics: Mapping[str, float]
+    dense_metrics: Mapping[str, float]
+    speeds: tuple[Speed, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "text-classification"
+    dataset: str | None = None
+
+
+def write_model_card(directory: str | Path, card: ModelCard) -> Path:
+    """Write README.md into an exported folder; the table of layers comes from its files.
+
+    With it the folder is a complete repository of the hub: `model.push_to_hub`, or
+    `huggingface_hub.upload_folder(folder_path=directory, repo_id=...)`.
+
+    Args:
+        directory: what `export` wrote.
+        card: what the files do not say.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no model folder, or a damaged file.
+        FileNotFoundError: config.json or weights are missing.
+    """
+    found = inspect_folder(directory)
+    header = yaml.safe_dump(_header(card, found), sort_keys=False, allow_unicode=True)
+    body = "\n\n".join(
+        (
+            f"# {Path(card.base_model).name}, {1.0 - found.density:.0%} of its linear weights pruned",
+            _origin(card),
+            _loading(found),
+            _scores(card),
+            _sparsity(found),
+            _speed(card),
+            _losses(card, found),
+            _recipe(card),
+        )
+    )
+    path = Path(directory) / CARD_NAME
+    write_text(path, f"---\n{header}---\n\n{body}\n")
+    return path
+
+
+def losing_cases(card: ModelCard) -> list[str]:
+    """Say, one sentence each, which scores fell and where the model is not faster."""
+    cases = [
+        f"{name} is {card.dense_metrics[name] - value:.4f} lower than before pruning."
+        for name, value in card.metrics.items()
+        if name in card.dense_metrics and value < card.dense_metrics[name]
+    ]
+    cases += [
+        f"{_where(speed)}, as {speed.form}: {speed.speedup:.2f} times the speed of the dense model, no gain."
+        for speed in card.speeds
+        if speed.speedup <= 1.0
+    ]
+    return cases
+
+
+def _header(card: ModelCard, found: Inspection) -> dict[str, Any]:
+    """The YAML header of the hub; a local folder is no base model there."""
+    on_hub = _HUB_ID.fullmatch(card.base_model) is not None and not Path(card.base_model).exists()
+    results = [
+        {"type": name, "name": name, "value": round(float(value), 6)} for name, value in sorted(card.metrics.items())
+    ]
+    name = Path(found.directory).name if Path(found.directory).name != "model" else Path(card.base_model).name
+    data = {"name": card.data, "type": card.dataset or "other"}
+    values = {
+        "library_name": "transformers",
+        "pipeline_tag": card.task,
+        "base_model": card.base_model if on_hub else None,
+        "datasets": [card.dataset] if card.dataset else None,
+        "tags": list(TAGS),
+        "metrics": sorted(card.metrics) or None,
+        "model-index": [{"name": name, "results": [{"task": {"type": card.task}, "dataset": data, "metrics": results}]}]
+        if results
+        else None,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _origin(card: ModelCard) -> str:
+    return (
+        f"- Base model: {card.base_model}\n- Method: {card.method}\n- Data: {card.data}\n- Seed: {card.seed}\n"
+        "- Made with sdprune; the whole recipe is at the end"
+    )
+
+
+def _loading(found: Inspection) -> str:
+    _, marker, head = (found.architecture or "").rpartition("For")
+    kind = f"AutoModelFor{head}" if marker else "AutoModel"
+    text = (
+        f"## Use\n\n```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(FOLDER_OR_ID)\n```\n\n"
+    )
+    if found.variant is not None:
+        return (
+            f"## Use\n\n```python\nimport sdprune  # without it the weights would be random\n"
+            f"from transformers import {kind}\n\n"
+            f'model = {kind}.from_pretrained(FOLDER_OR_ID, variant="{found.variant}")\n```\n\n'
+            "**There are no dense weights here. Without the package transformers merely warns and loads random ones.**"
+        )
+    text += "The weights are dense with exact zeros: no other package is needed for the right outputs."
+    if found.format in ("portable", "compact"):
+        text += " After `import sdprune` the pruned layers are loaded as sparse or narrower ones."
+    if found.format == "compact":
+        text += (
+            ' The same model in fewer bytes: `variant="compact"`, after `import sdprune`. Never load that variant '
+            "without the package."
+        )
+    return text
+
+
+def _scores(card: ModelCard) -> str:
+    if not card.metrics:
+        return "## Scores\n\nNone were measured."
+    lines = ["## Scores", "", "| metric | dense | pruned |", "|---|---|---|"]
+    for name, value in card.metrics.items():
+        dense = f"{card.dense_metrics[name]:.4f}" if name in card.dense_metrics else ""
+        lines.append(f"| {name} | {dense} | {value:.4f} |")
+    return "\n".join(lines)
+
+
+def _sparsity(found: Inspection) -> str:
+    groups: dict[str, list[LayerReport]] = {}
+    for layer in found.layers:
+        groups.setdefault(layer.structure, []).append(layer)
+    lines = [
+        "## Sparsity",
+        "",
+        f"{1.0 - found.density:.2%} of the weights of all linear layers are exactly zero.",
+        "",
+        "| structure of the zeros | layers | weights left |",
+        "|---|---|---|",
+    ]
+    for structure, layers in groups.items():
+        total = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+        left = sum(layer.density * layer.shape[0] * layer.shape[1] for layer in layers)
+        lines.append(f"| {structure} | {len(layers)} | {left / total:.1%} |")
+    heads = sum(layer.dead_heads for layer in found.layers)
+    lines += ["", f"Empty rows: {sum(layer.dead_rows for layer in found.layers)}; empty attention heads: {heads}."]
+    return "\n".join(lines)
+
+
+def _where(speed: Speed) -> str:
+    return f"On {speed.device} in {speed.dtype}, batch {speed.batch} x {speed.sequence} tokens"
+
+
+def _speed(card: ModelCard) -> str:
+    if not card.speeds:
+        return "## Speed\n\nNot measured. Zeros in dense weights alone never make a product faster."
+    lines = [
+        "## Speed",
+        "",
+        "| device | dtype | batch | sequence | what ran | times as fast |",
+        "|---|---|---|---|---|---|",
+    ]
+    for speed in card.speeds:
+        where = f"| {speed.device} | {speed.dtype} | {speed.batch} | {speed.sequence} "
+        lines.append(f"{where}| {speed.form} | {speed.speedup:.2f} |")
+    return "\n".join([*lines, "", "Against the dense base model on the same device, medians."])
+
+
+def _losses(card: ModelCard, found: Inspection) -> str:
+    cases = losing_cases(card)
+    if all(layer.structure in ("unstructured", "dense") for layer in found.layers):
+        cases.append("Its zeros have no structure that a product could skip: it is not faster than the dense model.")
+    cases.append("It was tested only on the data named above; pruning can cost more on other data than these scores.")
+    return "\n".join(["## Where it loses", "", *(f"- {case}" for case in cases)])
+
+
+def _recipe(card: ModelCard) -> str:
+    return f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(card.recipe), sort_keys=False, allow_unicode=True)}```"

@@ -1,0 +1,87 @@
+"""The layers of a model as a checkpoint stores them: described, packed, put in the place of the dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from sdprune.formats.form import DENSE, NARROW, Form
+from sdprune.formats.pack import Tensors, choose, digest, make_record, pack
+from sdprune.formats.record import LayerRecord
+from sdprune.layers.dense import dense_names, pruned_weight
+from sdprune.layers.forms import make_layer
+from sdprune.layers.stored import StoredLinear
+from sdprune.masking.linears import is_conv1d
+
+Records = dict[str, LayerRecord]
+
+
+def find_records(
+    dense: nn.Module,
+    *,
+    block_shapes: tuple[tuple[int, int], ...],
+    choices: Mapping[str, Form] | None = None,
+) -> Records:
+    """Describe how the layers with zeros of a dense model are stored.
+
+    Args:
+        dense: a model with zeros in its dense layers.
+        block_shapes: (out, in) of the blocks to look for.
+        choices: what a plan converts each layer into; layers that it leaves dense are stored under a bit
+            mask where that saves bytes. None: the zeros decide, see `choose`.
+    """
+    records: Records = {}
+    for name in dense_names(dense):
+        module = dense.get_submodule(name)
+        weight = pruned_weight(module)
+        if choices is None:
+            form = choose(weight, block_shapes)
+        else:
+            form = choices[name] if name in choices else choose(weight, (), narrow=False)
+        if form.structure == DENSE:
+            continue
+        if bool(weight.isnan().any()):
+            raise ValueError(f"layer {name!r} has NaN among its weights; a training that diverged left them")
+        shape = (weight.shape[0], weight.shape[1])
+        records[name] = make_record(pack(weight, form), form, shape, transposed=is_conv1d(module))
+    return records
+
+
+def pack_layer(dense: nn.Module, name: str, record: LayerRecord, records: Mapping[str, LayerRecord]) -> Tensors:
+    """Pack the weight of a dense layer in the form that a record has."""
+    rows = None
+    if record.consumer is not None:
+        consumer = records[record.consumer]
+        weight = pruned_weight(dense.get_submodule(record.consumer))
+        rows = pack(weight, Form(NARROW), removed=consumer.removed)["columns"]
+    return pack(pruned_weight(dense.get_submodule(name)), record.form, removed=record.removed, rows=rows)
+
+
+def renewed(dense: nn.Module, records: Mapping[str, LayerRecord]) -> Records:
+    """Describe the same layers in the same forms again, as their weights are now."""
+    found = {}
+    for name, record in records.items():
+        tensors = pack_layer(dense, name, record, records)
+        kept = tuple(tensors["weight"].shape[: len(record.kept)])
+        found[name] = replace(record, kept=kept, sha256=digest(tensors))
+    return found
+
+
+def convert_layers(model: nn.Module, dense: nn.Module, records: Mapping[str, LayerRecord]) -> None:
+    """Put the layers that records describe into a model, in place, with the weights of its dense copy, or its own."""
+    layers = {}
+    for name, record in records.items():
+        module: Any = dense.get_submodule(name)
+        layers[name] = make_layer(pack_layer(dense, name, record, records), module.bias, record).train(module.training)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+
+
+def store(dense: nn.Module, records: Mapping[str, LayerRecord]) -> None:
+    """Replace the dense layers of a model by their stored forms, in place, so that saving it writes these."""
+    packed = {name: pack_layer(dense, name, record, records) for name, record in records.items()}
+    for name, tensors in packed.items():
+        dense.set_submodule(name, StoredLinear(tensors, dense.get_submodule(name).bias))  # type: ignore[arg-type]

@@ -1,0 +1,154 @@
+"""Export: a pruned model as files that plain transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdprune.config import SDPruneConfig
+from sdprune.exports.convert import Records, find_records, store
+from sdprune.exports.neurons import remove_neurons
+from sdprune.files import new_directory
+from sdprune.formats.files import VARIANT, WeightFiles, digest_of_rest
+from sdprune.formats.form import BLOCK_SHAPES, NARROW, UNSTRUCTURED, Form
+from sdprune.formats.tag import SDPruneQuantizationConfig
+from sdprune.layers.dense import dense_names, pruned_weight
+from sdprune.layers.forms import dense_copy, plain_copy
+from sdprune.masking.coupling import find_couplings
+from sdprune.masking.pruner import measure_sparsity
+from sdprune.speed.plan_record import Plan
+
+FORMATS = ("plain", "portable", "compact")
+
+
+def export(
+    model: Any,
+    directory: str | Path,
+    format: str | None = None,
+    *,
+    config: SDPruneConfig | None = None,
+    processing_class: Any = None,
+    plan: Plan | None = None,
+    max_shard_size: int | str = "50GB",
+) -> Path:
+    """Write a pruned model into a new folder; the folder is whole or absent, and the model stays as it is.
+
+    Every format has dense safetensors with exact zeros and a `sdprune` section in config.json that tells the sparsity
+    of every layer, and `AutoModel*.from_pretrained(directory)` loads it, with or without this package, to the same
+    model. Dense zeros take as much space and time as other numbers.
+
+    - "plain": no more than that: right in every tool.
+    - "portable": config.json also tells, as `quantization_config`, which layers are sparse or narrower, so that they
+      become so when they are loaded after `import sdprune`. Without the package they load dense, after a warning.
+      Engines that look at `quant_method` themselves may refuse the folder.
+    - "compact": portable, and beside the dense weights their small form, `model.compact.safetensors`, which
+      `from_pretrained(directory, variant="compact")` loads after `import sdprune`.
+
+    What a layer becomes, `plan` tells: blocks, or a matrix without its empty rows and columns; layers that it leaves
+    dense are stored under a bit mask in the compact file. Without a plan the zeros decide by what takes the fewest
+    bytes: blocks of one of the usual shapes (and of the shape in `config`), a narrower matrix, a bit mask. Layers
+    under a bit mask are dense again once loaded. Neurons without any weight leave both of their matrices, see
+    `sdprune.exports.neurons`, which also finds what only feeds them.
+
+    Args:
+        model: a transformers model, with masked layers, with zeros in dense ones, or loaded with sparse layers.
+        directory: the folder to make.
+        format: "plain", "portable" or "compact"; None: portable if a layer becomes sparse or narrower, otherwise
+            plain.
+        config: how the model was pruned, for the record; None: not recorded.
+        processing_class: tokenizer to save beside the model.
+        plan: what `sdprune.plan` chose for the model; None: the zeros decide.
+        max_shard_size: of one file, as in `save_pretrained`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: an unknown format, nothing to compact, a plan of another model, or a folder that exists and is not
+            empty.
+        TypeError: `model` is no transformers model.
+    """
+    if format not in (None, *FORMATS):
+        raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
+    if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    with torch.no_grad():
+        dense = plain_copy(model)
+        records = {} if format == "plain" else _records(dense, config, plan)
+        if format is None:
+            sparse = any(record.structure != UNSTRUCTURED for record in records.values())
+            format = "portable" if sparse else "plain"
+        if format == "compact" and not records:
+            raise ValueError("format must be 'plain': no layer of the model has enough zeros to be stored smaller")
+        section: dict[str, Any] = {"version": 1, "format": format, "layers": _layer_sparsity(dense)}
+        if config is not None:
+            section["pruning"] = config.to_dict()
+        dense.config.sdprune = section
+        if format != "plain":
+            dense.config.quantization_config = SDPruneQuantizationConfig.of(records).to_dict()
+        with new_directory(Path(directory)) as folder:
+            # some architectures were once saved under other names: older tools know those, but the tag names the layers
+            # of the model
+            names: Any = {"save_original_format": format == "plain"}
+            dense.save_pretrained(folder, max_shard_size=max_shard_size, **names)
+            if format != "plain":
+                rest = digest_of_rest(WeightFiles.of(folder), records)
+                dense.config.quantization_config |= {"rest_sha256": rest}
+                dense.config.save_pretrained(folder)
+            if format == "compact":
+                store(dense, records)
+                dense.save_pretrained(folder, variant=VARIANT, max_shard_size=max_shard_size, **names)
+            if processing_class is not None:
+                processing_class.save_pretrained(folder)
+    return Path(directory)
+
+
+@torch.no_grad()
+def dense_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the state of the model as if its masked and sparse layers were dense: zeros in the weights, no masks."""
+    return dict(dense_copy(model).state_dict())
+
+
+def _records(dense: Any, config: SDPruneConfig | None, plan: Plan | None) -> Records:
+    own = () if config is None or config.block_shape is None else (config.block_shape,)
+    shapes = () if plan is not None else tuple(dict.fromkeys((*own, *BLOCK_SHAPES)))
+    choices = None
+    if plan is not None:
+        _check_plan(dense, plan)
+        choices = {name: Form.named(choice) for name, choice in plan.choices.items()}
+    neurons = _without_neurons(dense, shapes)
+    if choices is not None:  # neurons leave only where the plan narrows all layers concerned
+        groups = {name: record.consumer or name for name, record in neurons.items()}
+        kept = {group for name, group in groups.items() if choices.get(name) != Form(NARROW)}
+        neurons = {name: record for name, record in neurons.items() if groups[name] not in kept}
+    return find_records(dense, block_shapes=shapes, choices=choices) | neurons
+
+
+def _without_neurons(dense: Any, block_shapes: tuple[tuple[int, int], ...]) -> Records:
+    weights = (pruned_weight(dense.get_submodule(name)) for name in dense_names(dense))
+    if all(bool((weight != 0).any(0).all()) for weight in weights):
+        return {}  # no column is empty
+    try:
+        couplings = find_couplings(dense)
+    except ValueError:  # a model of another make: its empty rows and columns leave one by one
+        return {}
+    return remove_neurons(dense, couplings, block_shapes=block_shapes)
+
+
+def _check_plan(dense: Any, plan: Plan) -> None:
+    names = set(dense_names(dense))
+    for layer in plan.layers:
+        shape = tuple(pruned_weight(dense.get_submodule(layer.name)).shape) if layer.name in names else None
+        if shape != tuple(layer.shape):
+            raise ValueError(
+                f"plan must be of this model: its layer {layer.name!r} has shape {tuple(layer.shape)}, got {shape}"
+            )
+
+
+def _layer_sparsity(dense: Any) -> dict[str, float]:
+    """The fraction of zeros of every layer that has any."""
+    sparsity = measure_sparsity(dense, dense_names(dense))
+    return {name: zeros for name, zeros in sparsity.layers.items() if zeros > 0.0}

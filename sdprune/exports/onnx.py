@@ -1,0 +1,119 @@
+"""ONNX: a pruned model for other runtimes, through torch's own exporter, checked in onnxruntime."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdprune.exports.export import plain_copy
+from sdprune.files import new_directory
+from sdprune.layers.block_sparse import BlockSparseLinear
+from sdprune.layers.dense import sharing_copy
+from sdprune.layers.forms import dense_of, is_masked
+
+MODEL_NAME = "model.onnx"
+TOLERANCE = 1e-4
+
+
+def export_onnx(
+    model: Any,
+    directory: str | Path,
+    inputs: Mapping[str, Tensor],
+    *,
+    processing_class: Any = None,
+    tolerance: float = TOLERANCE,
+) -> float:
+    """Write `model.onnx` into a new folder and run it in onnxruntime on the CPU, on `inputs` and on a smaller batch.
+
+    Beside it lies config.json. Batch and sequence are of any size. Narrower layers stay narrower. ONNX has no
+    block-sparse product, so such layers are written dense, with their zeros. Weights beyond ONNX's limit of 2 GB go
+    into a file beside the model.
+
+    Args:
+        model: a transformers model on the CPU in float32; masked, with zeros, narrower or sparse; it stays as it is.
+        directory: the folder to make; it is whole or absent.
+        inputs: (batch, sequence) tensors by name, at least 2 x 3 tokens, as the model is called with.
+        processing_class: tokenizer to save beside the model.
+        tolerance: the largest absolute difference of the first output that is allowed.
+
+    Returns:
+        The largest absolute difference between torch and onnxruntime.
+
+    Raises:
+        ImportError: a package of the extra `onnx` is missing.
+        ValueError: a folder that is not empty, a model that is not float32 on the CPU, or inputs of another form.
+        RuntimeError: the outputs differ by more than the tolerance; nothing is written.
+    """
+    _check(model, inputs)
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # the exporter's own need, named here before it fails deep inside
+    except ImportError as error:
+        raise ImportError(f"{error.name} is missing: pip install 'sdprune[onnx]'") from None
+    wrapped = _FirstOutput(_exportable(model), tuple(inputs)).eval()
+    with new_directory(Path(directory)) as folder, torch.no_grad():
+        path = folder / MODEL_NAME
+        sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter warns of torch's own deprecated parts, and of shared sizes
+            torch.onnx.export(
+                wrapped,
+                tuple(inputs.values()),
+                path,
+                input_names=list(inputs),
+                output_names=["logits"],
+                dynamic_shapes=((sizes,) * len(inputs),),
+                dynamo=True,
+                verbose=False,
+            )
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        difference = 0.0
+        for part in (inputs, {name: value[:-1, :-1] for name, value in inputs.items()}):
+            expected = wrapped(*part.values())
+            (found,) = session.run(None, {name: value.numpy() for name, value in part.items()})
+            difference = max(difference, float((torch.from_numpy(found) - expected).abs().max()))
+        if not difference <= tolerance:
+            raise RuntimeError(f"onnxruntime differs from torch by {difference:.3g}, more than {tolerance:.3g}")
+        plain_copy(model).config.save_pretrained(folder)  # names of the labels, which runtimes look for here
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+    return difference
+
+
+class _FirstOutput(nn.Module):
+    """The model as a function of tensors in a fixed order."""
+
+    def __init__(self, model: Any, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        first: Tensor = self.model(**dict(zip(self.names, values, strict=True)))[0]
+        return first
+
+
+def _check(model: Any, inputs: Mapping[str, Tensor]) -> None:
+    if not hasattr(model, "config"):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    kinds = {(value.dtype, value.device.type) for value in model.parameters()}
+    if kinds != {(torch.float32, "cpu")}:
+        raise ValueError(f"model must be float32 on the CPU, got {', '.join(map(str, sorted(kinds, key=str)))}")
+    for name, value in inputs.items():
+        if value.dim() != 2 or value.shape[0] < 2 or value.shape[1] < 3:
+            raise ValueError(f"inputs[{name!r}] must have shape (batch, sequence), at least (2, 3), got {value.shape}")
+
+
+def _exportable(model: Any) -> Any:
+    """Return a copy around the same tensors without our own operators, and without a cache among its outputs."""
+    copy = sharing_copy(model)
+    for name, module in list(copy.named_modules()):
+        if isinstance(module, BlockSparseLinear) or is_masked(module):
+            copy.set_submodule(name, dense_of(module))
+    copy.config.use_cache = False
+    return copy

@@ -1,0 +1,155 @@
+"""Packing: a pruned weight to and from the tensors that store it, and whether they are the right ones."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdp_kernels import BitMask, BlockSparseMatrix
+from sdprune.formats.form import BLOCK, BLOCK_SHAPES, DENSE, NARROW, UNSTRUCTURED, Form
+from sdprune.formats.record import LayerRecord
+
+WORTHWHILE = 0.9  # of the dense bytes: less is not worth another layer
+
+Tensors = dict[str, Tensor]
+
+
+def pack(weight: Tensor, form: Form, *, removed: str | None = None, rows: Tensor | None = None) -> Tensors:
+    """Return the tensors that store a weight in a form; what is zero throughout is left out.
+
+    Args:
+        weight: (out, in).
+        form: any but dense.
+        removed: of "narrow", the only side that is narrowed: "rows" or "columns"; None: both.
+        rows: with removed="rows", those that stay, whether or not they hold anything.
+    """
+    if form.block_shape is not None:
+        matrix = BlockSparseMatrix.from_dense(weight, form.block_shape)
+        return {"weight": matrix.values, "crow_indices": matrix.crow_indices, "col_indices": matrix.col_indices}
+    kept = weight != 0
+    if form.structure == NARROW:
+        if rows is None:
+            rows = (kept.any(1) | (removed == "columns")).nonzero()[:, 0]
+        columns = (kept.any(0) | (removed == "rows")).nonzero()[:, 0]
+        return {"weight": weight[rows.long()][:, columns], "rows": rows.int(), "columns": columns.int()}
+    return {"weight": weight[kept], "mask": BitMask.from_bool(kept).words}
+
+
+def unpack(tensors: Mapping[str, Tensor], record: LayerRecord) -> Tensor:
+    """Return the dense weight (out, in) that was packed."""
+    values = tensors["weight"].detach()
+    if record.block_shape is not None:
+        crow, col = tensors["crow_indices"], tensors["col_indices"]
+        return BlockSparseMatrix(values, crow, col, record.shape, record.block_shape).to_dense().contiguous()
+    dense = values.new_zeros(record.shape)
+    if record.structure == NARROW:
+        dense[tensors["rows"].long()[:, None], tensors["columns"].long()] = values
+        return dense
+    return dense.masked_scatter_(BitMask(tensors["mask"], record.shape).to_bool(), values)
+
+
+def make_record(
+    tensors: Mapping[str, Tensor],
+    form: Form,
+    shape: tuple[int, int],
+    *,
+    transposed: bool = False,
+    removed: str | None = None,
+    consumer: str | None = None,
+) -> LayerRecord:
+    """Describe packed tensors."""
+    kept = tuple(tensors["weight"].shape[: 1 if form.structure == BLOCK else 2])
+    return LayerRecord(form.structure, shape, kept, digest(tensors), form.block_shape, transposed, removed, consumer)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of tensors: names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def verify(tensors: Mapping[str, Tensor], record: LayerRecord, layer: str, file: str) -> None:
+    """Check stored tensors against their record: shapes, dtypes, order of the indices, content.
+
+    Raises:
+        ValueError: they differ; the message names the file and the tensor.
+    """
+    shapes = {"weight": record.weight_shape} | record.index_shapes
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            text = f"{file}: {layer}.{name} must have shape {shape} as config.json tells, got {tuple(tensor.shape)}"
+            raise ValueError(text)
+        if tensor.dtype != torch.int32 if name != "weight" else not tensor.is_floating_point():
+            kind = "floating-point" if name == "weight" else "int32"
+            raise ValueError(f"{file}: {layer}.{name} must be {kind}, got {tensor.dtype}")
+    try:
+        _check_indices(tensors, record)
+    except ValueError as error:
+        raise ValueError(f"{file}: {layer}.{error}") from None
+    if digest(tensors) != record.sha256:
+        raise ValueError(
+            f"{file}: {layer} is not what config.json describes (sha256 of {', '.join(sorted(shapes))} differs): "
+            "the file is damaged, or belongs to another checkpoint"
+        )
+
+
+def choose(weight: Tensor, block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES, *, narrow: bool = True) -> Form:
+    """Return the form that stores a weight (out, in) in the fewest bytes.
+
+    The zeros decide: blocks win where whole blocks of one of the shapes are empty, narrower matrices where rows or
+    columns are, the bit mask where the zeros are scattered. Dense if none saves a tenth of the dense bytes.
+    """
+    costs = {Form(DENSE): WORTHWHILE * weight.nbytes} | stored_bytes(weight, block_shapes)
+    if not narrow:
+        del costs[Form(NARROW)]
+    return min(costs, key=lambda form: costs[form])
+
+
+def stored_bytes(weight: Tensor, block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES) -> dict[Form, float]:
+    """Return the bytes that a weight (out, in) takes in each form but the dense one."""
+    kept = weight != 0
+    size, (rows, columns) = weight.element_size(), weight.shape
+    costs: dict[Form, float] = {
+        Form(BLOCK, shape): count_blocks(kept, shape) * (math.prod(shape) * size + 4) for shape in block_shapes
+    }
+    # One index a row or column counts for nothing in a matrix of a size that matters.
+    costs[Form(NARROW)] = int(kept.any(1).sum()) * int(kept.any(0).sum()) * size
+    costs[Form(UNSTRUCTURED)] = int(kept.sum()) * size + 4 * rows * -(-columns // 32)
+    return costs
+
+
+def count_blocks(kept: Tensor, block_shape: tuple[int, int]) -> int:
+    """Return how many blocks hold anything kept; those at the edges may stick out."""
+    (rows, columns), (height, width) = kept.shape, block_shape
+    padded = functional.pad(kept, (0, -columns % width, 0, -rows % height))
+    grid = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
+    return int(grid.any(3).any(1).sum())
+
+
+def _check_indices(tensors: Mapping[str, Tensor], record: LayerRecord) -> None:
+    """What would let a product read outside of its tensors, named without the layer."""
+    if record.block_shape is not None:
+        crow, col = tensors["crow_indices"], tensors["col_indices"]
+        BlockSparseMatrix(tensors["weight"], crow, col, record.shape, record.block_shape)
+    elif record.structure == NARROW:
+        for name, size in zip(("rows", "columns"), record.shape, strict=True):
+            index = tensors[name]
+            if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= size or bool((index.diff() <= 0).any())):
+                raise ValueError(f"{name} must rise from 0 to at most {size - 1}")
+    else:
+        mask = BitMask(tensors["mask"], record.shape)
+        kept = mask.to_bool()
+        if not mask.equal(BitMask.from_bool(kept)):
+            raise ValueError("mask must be zero past the last column")
+        if int(kept.sum()) != record.kept[0]:
+            raise ValueError(f"mask must keep {record.kept[0]} weights, got {int(kept.sum())}")

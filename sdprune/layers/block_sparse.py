@@ -1,0 +1,198 @@
+"""`BlockSparseLinear`: a linear layer that stores and multiplies only the kept blocks of its weight."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sdp_kernels import BitMask, BlockSparseMatrix, block_sparse_linear
+from sdp_kernels.block_sparse_linear.matrix import BlockLists
+from sdprune.formats.form import Form
+from sdprune.layers.dense import pruned_weight
+from sdprune.layers.pruned import PrunedLinear
+from sdprune.masking.layers import MaskedLinear
+from sdprune.masking.linears import is_conv1d, matrix
+
+_LISTS = tuple(field.name for field in fields(BlockLists))
+_STORED = ("values", "crow_indices", "col_indices")
+
+
+class BlockSparseLinear(PrunedLinear):
+    """A linear layer that stores and multiplies only the kept blocks of its weight: `input @ weight.T + bias`.
+
+    The result is that of the dense layer with zeros, up to rounding; it trains as well: gradients go to the input, the
+    kept values and the bias. To step through plain PyTorch when something looks wrong, call the model inside
+    `with sdp_kernels.use_backend("reference"):`; nothing has to be converted back for it.
+
+    Where so many blocks are kept that a dense product of the same tokens is estimated to be faster, a call makes the
+    dense weight, multiplies with it and throws it away (sdp_kernels/block_sparse_linear/break_even.py).
+
+    The state dict holds three plain tensors and the bias. A layer that is built from its sizes loads it with
+    `strict=True`; indices that do not fit are refused before anything is copied.
+
+    Args:
+        in_features: size of an input row.
+        out_features: size of an output row.
+        block_shape: (out, in) of one block; it need not divide the sizes.
+        blocks: how many are kept. A new layer keeps the first ones of its grid, with all values 0.
+        bias: whether there is an additive bias.
+        device: where the tensors live.
+        dtype: float type of values and bias.
+
+    Attributes:
+        values: (blocks, out, in of a block), the kept blocks, row of blocks by row of blocks.
+        crow_indices: int32, where each row of blocks begins in `values`, and at the end their number.
+        col_indices: (blocks,) int32, the block column of each block.
+        bias: (out_features,) or None.
+
+    Raises:
+        ValueError: more blocks than the weight has, or a block shape that is not two whole numbers above 0.
+    """
+
+    values: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    units = "blocks"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_shape: tuple[int, int],
+        blocks: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.transposed, self.shape = False, (out_features, in_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.block_shape: tuple[int, int] = _checked_shape(block_shape)
+        rows, columns = -(-out_features // self.block_shape[0]), -(-in_features // self.block_shape[1])
+        if not 0 <= blocks <= rows * columns:
+            raise ValueError(f"blocks must be from 0 to {rows * columns}, the blocks of the weight, got {blocks}")
+        values = torch.zeros(blocks, *self.block_shape, device=device, dtype=dtype)
+        self.values = nn.Parameter(values)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        # On the CPU even where the default device is "meta": what is derived from the indices must be real.
+        crow = (torch.arange(rows + 1, dtype=torch.int32, device="cpu") * columns).clamp_max(blocks)
+        col = torch.arange(blocks, dtype=torch.int32, device="cpu") % columns
+        self.register_buffer("crow_indices", crow.to(values.device))
+        self.register_buffer("col_indices", col.to(values.device))
+        self._set_lists(BlockLists.from_indices(crow, col, columns).to(values.device))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, block_shape: tuple[int, int], mask: Tensor | BitMask | None = None) -> Self:
+        """Pack the kept blocks of a dense layer; the bias is shared, the blocks are copied.
+
+        Args:
+            linear: an `nn.Linear`, or the `Conv1D` of transformers; a `MaskedLinear` brings its own mask.
+            block_shape: (out, in) of one block.
+            mask: weight-shaped bool, True where kept, or a `BitMask`: blocks with a kept weight are kept, pruned
+                weights in them become 0. None: every block that is not all zeros is kept.
+
+        Raises:
+            ValueError: a mask or block shape that does not fit, or NaN among the kept weights.
+        """
+        if mask is None and isinstance(linear, MaskedLinear):
+            mask = linear.bit_mask
+        packed = BlockSparseMatrix.from_dense(pruned_weight(linear), _checked_shape(block_shape), mask)
+        layer = cls.from_matrix(packed, linear.bias, requires_grad=matrix(linear).requires_grad)  # type: ignore[arg-type]
+        layer.transposed = is_conv1d(linear)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_matrix(cls, matrix: BlockSparseMatrix, bias: nn.Parameter | None, *, requires_grad: bool = True) -> Self:
+        """Return a layer around the tensors of a matrix and a bias, (out_features,) or None."""
+        out_features, in_features = matrix.shape
+        layer = cls(in_features, out_features, matrix.block_shape, len(matrix.values), False, device="meta")
+        layer.values, layer.bias = nn.Parameter(matrix.values, requires_grad=requires_grad), bias
+        layer.crow_indices, layer.col_indices = matrix.crow_indices, matrix.col_indices
+        layer._set_lists(matrix.lists)
+        return layer
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight (out, in) with its zeros, detached."""
+        return self.matrix.to_dense().detach().contiguous()
+
+    def part_of(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor] | None:
+        """Return what the state of this layer holds of a dense weight (out, in); None if it has other empty blocks."""
+        matrix = BlockSparseMatrix.from_dense(weight, self.block_shape)
+        part = {name: getattr(matrix, name) for name in _STORED}
+        same = all(torch.equal(part[name], getattr(self, name).to(part[name].device)) for name in _STORED[1:])
+        return part if same else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The kept blocks under another name, because models ask a linear layer's weight for its dtype and device."""
+        return self.values
+
+    @property
+    def matrix(self) -> BlockSparseMatrix:
+        """The weight, around the tensors of this layer."""
+        # prepared, so that nothing is checked again
+        lists = BlockLists(*(getattr(self, f"_{name}") for name in _LISTS))
+        return BlockSparseMatrix(self.values, self.crow_indices, self.col_indices, self.shape, self.block_shape, lists)
+
+    @property
+    def density(self) -> float:
+        """The fraction of blocks kept."""
+        return self.matrix.density
+
+    def prepare(self) -> None:
+        """Check the indices and derive from them what the product walks along.
+
+        Only for loaders that replace the buffers without `load_state_dict`, which does this itself.
+
+        Raises:
+            ValueError: indices that are out of range or not sorted.
+        """
+        checked = BlockSparseMatrix(self.values, self.crow_indices, self.col_indices, self.shape, self.block_shape)
+        self._set_lists(checked.lists)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to rows in the last dimension of `input`."""
+        return block_sparse_linear(input, self.matrix, self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe the layer for `print`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block_shape={self.block_shape}, density={self.density:.4f}"
+        )
+
+    def _set_lists(self, lists: BlockLists) -> None:
+        for name in _LISTS:  # they follow the module to its device, but are not saved
+            self.register_buffer(f"_{name}", getattr(lists, name), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Check first: half-loaded indices would let a product read outside of its tensors."""
+        error_msgs: list[str] = args[-1]
+        found = {name: state_dict.get(prefix + name, getattr(self, name)) for name in _STORED}
+        lists = None
+        for name, tensor in found.items():
+            if tensor.shape != getattr(self, name).shape:
+                ours = tuple(getattr(self, name).shape)
+                error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(tensor.shape)}, this layer has {ours}")
+                return
+        if not any(tensor.is_meta for tensor in found.values()):
+            device = found["values"].device
+            values, crow, col = (tensor.to(device) for tensor in found.values())
+            try:
+                lists = BlockSparseMatrix(values, crow, col, self.shape, self.block_shape).lists
+            except ValueError as error:
+                error_msgs.append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if lists is not None and not self.values.is_meta:
+            self._set_lists(lists.to(self.values.device))
+
+
+def _checked_shape(block_shape: Any) -> tuple[int, int]:
+    checked = Form.blocks(block_shape).block_shape
+    assert checked is not None
+    return checked

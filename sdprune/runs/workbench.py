@@ -1,0 +1,142 @@
+"""A classifier and the encoded splits of its task: what a run is trained and measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import DataCollatorForTokenClassification
+
+from sdprune.data.examples import IGNORED_LABEL, EncodedExamples, Examples, encode
+from sdprune.data.metrics import compute
+from sdprune.data.tasks import MULTILINGUAL_REVIEWS, Task, load_task
+from sdprune.recipe import DataConfig
+from sdprune.runs.classifier import Classifier, align_labels, load_classifier
+from sdprune.runs.predict import collate, padded, predict
+from sdprune.samples.english import sample_model
+from sdprune.samples.multilingual import multilingual_model
+
+BUNDLED_MODEL = "bundled-minilm"
+BUNDLED_MULTILINGUAL = "bundled-multilingual"
+PROBE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What a run is trained and measured on.
+
+    Args:
+        task: the labelled text.
+        source: folder or hub id of the model.
+        classifier: the model and its tokenizer.
+        max_length: longest input in tokens.
+        batch_size: rows of a test batch.
+    """
+
+    task: Task
+    source: str
+    classifier: Classifier
+    max_length: int
+    batch_size: int = 64
+
+    @cached_property
+    def train(self) -> EncodedExamples:
+        """Encoded training rows."""
+        return encode(self.task.train, self.classifier.tokenizer, self.max_length)
+
+    @cached_property
+    def validation(self) -> EncodedExamples:
+        """Encoded validation rows."""
+        return encode(self.task.validation, self.classifier.tokenizer, self.max_length)
+
+    @cached_property
+    def test(self) -> EncodedExamples:
+        """Encoded test rows."""
+        return encode(self.task.test, self.classifier.tokenizer, self.max_length)
+
+    @cached_property
+    def zero_shot(self) -> dict[str, EncodedExamples]:
+        """Encoded test rows of the languages that are not trained on."""
+        rows = self.task.zero_shot
+        return {name: encode(part, self.classifier.tokenizer, self.max_length) for name, part in rows.items()}
+
+    def renewed(self) -> Workbench:
+        """Return a workbench with the model as it was loaded, untouched by any training."""
+        return replace(self, classifier=load_classifier(self.source, self.task))
+
+    def predict_test(self, model: nn.Module, description: str, *, bf16: bool = False) -> NDArray[np.float32]:
+        """Return the logits of a model on the test rows (`predict`), with a progress bar."""
+        tokenizer, size = self.classifier.tokenizer, self.batch_size
+        return predict(model, self.test, tokenizer, batch_size=size, bf16=bf16, description=description)
+
+    def score_languages(self, model: nn.Module, *, bf16: bool = False) -> dict[str, dict[str, float]]:
+        """Return the metrics of every language that is not trained on; empty where the task has none."""
+        tokenizer, size = self.classifier.tokenizer, self.batch_size
+        scores = {}
+        for name, rows in self.zero_shot.items():
+            logits = predict(model, rows, tokenizer, batch_size=size, bf16=bf16, description=f"testing {name}")
+            scores[name] = self._score(logits, rows, self.task.zero_shot[name])
+        return scores
+
+    @property
+    def collator(self) -> Any:
+        """What makes a training batch of rows; None: the Trainer's own choice for the tokenizer."""
+        return DataCollatorForTokenClassification(self.classifier.tokenizer) if self.task.tagged else None
+
+    @property
+    def probe(self) -> dict[str, Tensor]:
+        """One batch of test rows, to time models and to compare their logits to the bit."""
+        rows = [self.test[index] for index in range(min(PROBE_ROWS, len(self.test)))]
+        return collate(self.classifier.tokenizer, rows)
+
+    def score(self, logits: NDArray[np.float32]) -> dict[str, float]:
+        """Return the task's metrics of test logits."""
+        return self._score(logits, self.test, self.task.test)
+
+    def _score(self, logits: NDArray[np.float32], rows: EncodedExamples, part: Examples) -> dict[str, float]:
+        labels: Any = rows.labels
+        if part.tagged:
+            labels = padded(labels, IGNORED_LABEL)
+        return compute(self.task.metrics, logits, labels, part.queries, self.task.label_names)
+
+    def compute_metrics(self, prediction: Any) -> dict[str, float]:
+        """Return the task's metrics of what the Trainer predicted."""
+        queries = self.task.validation.queries  # evaluation keeps the order of the rows
+        return compute(self.task.metrics, prediction.predictions, prediction.label_ids, queries, self.task.label_names)
+
+
+def load_workbench(model: str, data: DataConfig, cache: Path | None = None, batch_size: int = 64) -> Workbench:
+    """Load a model and its data.
+
+    Args:
+        model: folder, hub id, "bundled-minilm": all-MiniLM-L6-v2 from the package index, without a head, or
+            "bundled-multilingual": multilingual-e5-small, dequantised from 4 bit, its vocabulary cut down to the
+            multilingual reviews.
+        data: the labelled text.
+        cache: where fetched samples are kept; None: the user's cache folder.
+        batch_size: rows of a test batch.
+    """
+    task = load_task(data, cache=cache)
+    source = _bundled(model, cache) or model
+    classifier = load_classifier(source, task)
+    if classifier.trained_head:
+        task = align_labels(task, classifier.model)
+    # encode knows the tokenizer's own limit, not the model's
+    longest = min(data.max_length, getattr(classifier.model.config, "max_position_embeddings", data.max_length))
+    return Workbench(task, source, classifier, longest, batch_size)
+
+
+def _bundled(model: str, cache: Path | None) -> str | None:
+    if model == BUNDLED_MODEL:
+        return str(sample_model(cache))
+    if model != BUNDLED_MULTILINGUAL:
+        return None
+    # the vocabulary must not depend on how much of the data a run takes
+    whole = load_task(DataConfig(data=MULTILINGUAL_REVIEWS), cache=cache)
+    parts = (whole.train, whole.validation, whole.test, *whole.zero_shot.values())
+    return str(multilingual_model((text for part in parts for texts in part.texts for text in texts), cache))

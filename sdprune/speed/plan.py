@@ -1,0 +1,220 @@
+"""Which pruned layers are worth converting on this machine: `plan` measures, `apply` converts what won."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdprune.config import SDPruneConfig
+from sdprune.formats.form import BLOCK_SHAPES, DENSE, NARROW, Form
+from sdprune.layers.dense import Model, dense_names, is_plain_linear, pruned_weight, sharing_copy
+from sdprune.layers.forms import in_form
+from sdprune.layers.pruned import PrunedLinear
+from sdprune.masking.linears import is_linear, matrix
+from sdprune.masking.select import select_linears
+from sdprune.speed.plan_record import Candidate, LayerPlan, Plan
+from sdprune.speed.timing import Times, device_name, measure
+
+
+def plan(
+    model: nn.Module,
+    sample_input: Mapping[str, Any],
+    *,
+    block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    repeats: int = 7,
+) -> Plan:
+    """Time every pruned layer of a model in every form that its zeros allow, and choose what wins.
+
+    A layer is pruned if its weight holds exact zeros. It is timed on the input that it gets when the model runs on
+    `sample_input`, on the device and in the dtype at hand: dense; without its empty rows and columns, if it has any;
+    and in blocks of each shape that leaves blocks empty. A form wins if 80 % of its times lie below 80 % of those of
+    the dense layer; of several winners the one with the least median is chosen, and without one the layer stays
+    dense. Then the whole model is timed with the choices, and nothing is converted if it does not get faster.
+    The model itself stays as it is; `apply` converts it.
+
+    The choice depends on the number of tokens: plan with the batch and the length that the model will see.
+
+    Args:
+        model: with zeros in its `nn.Linear` or `Conv1D` layers, or in masked layers, on the device where it will run.
+        sample_input: keyword arguments of the model; tensors are moved to its device.
+        block_shapes: (out, in) of the blocks to try.
+        target_modules: regular expressions over whole names of layers; None: every linear layer whose weight
+            belongs to it alone.
+        exclude_modules: regular expressions of layers to leave as they are.
+        repeats: of each timing.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: no linear layer is chosen, a block shape is malformed, or fewer than 3 repeats.
+        TypeError: `sample_input` is no mapping.
+    """
+    if not isinstance(sample_input, Mapping):
+        raise TypeError(f"sample_input must be a mapping of model inputs, got {type(sample_input).__name__}")
+    if repeats < 3:
+        raise ValueError(f"repeats must be at least 3, got {repeats!r}")
+    forms = (Form(NARROW), *(Form.blocks(shape, "each of block_shapes") for shape in block_shapes))
+    names = _candidate_names(model, target_modules, exclude_modules)
+    weight = model.get_parameter(f"{names[0]}.weight")
+    device = weight.device
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sample_input.items()}
+    with _evaluating(model), torch.inference_mode():
+        layers = _plan_layers(model, inputs, names, forms, repeats)
+        found = Plan(
+            layers=layers,
+            device=device_name(device),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads() if device.type == "cpu" else None,
+            torch=torch.__version__,
+            dense=Times(0.0, 0.0, 0.0, 0),
+            converted=None,
+        )
+        calls: dict[str, Callable[[], Any]] = {DENSE: lambda: model(**inputs)}
+        if found.choices:
+            converted = apply(sharing_copy(model), found)
+            calls["converted"] = lambda: converted(**inputs)
+        times = measure(calls, device, repeats)
+    found = replace(found, dense=times[DENSE], converted=times.get("converted"))
+    if found.converted is not None and found.converted.median >= found.dense.median:
+        dense_layers = tuple(replace(layer, choice=DENSE) for layer in layers)
+        return replace(found, layers=dense_layers, converted=None)
+    return found
+
+
+def apply(model: Model, plan: Plan) -> Model:
+    """Convert the layers that a plan converts, in place; all others stay the same objects.
+
+    Logits stay equal up to rounding. Give it a `copy.deepcopy` of a model that is still needed as it was.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a layer is absent, has another shape, or fewer zeros than when the plan was made. Nothing is
+            converted then.
+    """
+    made: dict[str, PrunedLinear] = {}
+    for layer in plan.layers:
+        if layer.choice == DENSE:
+            continue
+        made[layer.name] = in_form(_linear_named(model, layer), Form.named(layer.choice))
+        density = made[layer.name].density
+        if density > layer.density + 1e-6:
+            raise ValueError(
+                f"plan: layer {layer.name!r} keeps {density:.1%} of its weight as {layer.choice}, "
+                f"but {layer.density:.1%} when the plan was made: it is of another model"
+            )
+    for name, form in made.items():
+        model.set_submodule(name, form)
+    return model
+
+
+def _candidate_names(
+    model: nn.Module, target_modules: str | Sequence[str] | None, exclude_modules: str | Sequence[str] | None
+) -> list[str]:
+    if target_modules is None:
+        eligible = dense_names(model)
+        if not eligible:
+            raise ValueError(f"model {type(model).__name__} has no linear layer to plan for")
+        target_modules = [re.escape(name) for name in eligible]
+    patterns = {
+        option: tuple(value) if isinstance(value, list) else value
+        for option, value in (("target_modules", target_modules), ("exclude_modules", exclude_modules))
+    }
+    names = select_linears(model, SDPruneConfig(**patterns))  # type: ignore[arg-type]
+    return [name for name in names if is_plain_linear(model.get_submodule(name))]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _plan_layers(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    names: Sequence[str],
+    forms: Sequence[Form],
+    repeats: int,
+) -> tuple[LayerPlan, ...]:
+    """Run the model once and time each pruned layer when its input comes by, so that no input has to be kept."""
+    plans: dict[str, LayerPlan] = {}
+    handles = []
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        weight = pruned_weight(layer)
+        sparsity = 1.0 - int(weight.count_nonzero()) / weight.numel()
+        if sparsity == 0.0:
+            continue
+        plans[name] = LayerPlan(name, (weight.shape[0], weight.shape[1]), sparsity, 0, 0, DENSE, {})
+
+        def time_it(module: Any, arguments: tuple[Any, ...], name: str = name) -> None:
+            known = plans[name]
+            if known.calls == 0:
+                rows = arguments[0]
+                candidates = _time_forms(module, rows, forms, repeats)
+                known = replace(
+                    known, tokens=rows.numel() // rows.shape[-1], candidates=candidates, choice=_winner(candidates)
+                )
+            plans[name] = replace(known, calls=known.calls + 1)
+
+        handles.append(layer.register_forward_pre_hook(time_it))
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(plans.values())
+
+
+def _time_forms(linear: nn.Module, rows: Tensor, forms: Sequence[Form], repeats: int) -> dict[str, Candidate]:
+    layers = {str(form): in_form(linear, form) for form in forms}
+    layers = {choice: layer for choice, layer in layers.items() if layer.density < 1.0}
+    if not layers:
+        return {}
+    # Their forward methods: the hook that calls this would be called again.
+    calls: dict[str, Callable[[], Any]] = {DENSE: partial(linear.forward, rows)}
+    calls |= {choice: partial(layer.forward, rows) for choice, layer in layers.items()}
+    times = measure(calls, rows.device, repeats)
+    return {
+        choice: Candidate(layers[choice].density if choice in layers else 1.0, found) for choice, found in times.items()
+    }
+
+
+def _winner(candidates: Mapping[str, Candidate]) -> str:
+    """The fastest form whose times lie apart from those of the dense layer."""
+    winners = {
+        choice: form.times.median
+        for choice, form in candidates.items()
+        if choice != DENSE and form.times.p80 < candidates[DENSE].times.p20
+    }
+    return min(winners, key=lambda choice: winners[choice]) if winners else DENSE
+
+
+def _linear_named(model: nn.Module, layer: LayerPlan) -> nn.Module:
+    try:
+        found = model.get_submodule(layer.name)
+    except AttributeError:
+        raise ValueError(f"plan: the model has no layer {layer.name!r}") from None
+    got = tuple(matrix(found).shape) if is_linear(found) else type(found).__name__
+    if got != tuple(layer.shape):
+        raise ValueError(
+            f"plan: layer {layer.name!r} must be a linear layer with an (out, in) weight of {layer.shape}, got {got}"
+        )
+    return found

@@ -1,0 +1,59 @@
+"""What a run is called, in its table and on its model's card."""
+
+from dataclasses import replace
+
+import pytest
+
+from sdprune.commands.table import print_table
+from sdprune.config import SDPruneConfig
+from sdprune.recipe import DataConfig, Recipe, StagesConfig
+from sdprune.runs.card import card_of
+from sdprune.runs.results import method_name
+from sdprune.runs.workbench import load_workbench
+
+BOTH = {"kl": 1.0, "cross_correlation": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"distillation": "cross_correlation"}, "SDP-CC"),
+        ({"distillation": BOTH}, "SDP-KLD + SDP-CC"),
+        ({"distillation": {"cross_correlation": 1.0, "mse@logits": 1.0}}, "SDP-CC + MSE (logits)"),
+        ({"distillation": {"cosine@first": 1.0, "cosine@mean@2": 1.0}}, "SDP-Cos (first) + SDP-Cos (mean of layer 2)"),
+        ({"distillation": None}, "magnitude"),
+        ({"distillation": None, "criterion": "lamp"}, "lamp"),
+        ({"distillation": "kl", "criterion": "movement", "scope": "global"}, "movement + SDP-KLD"),
+        ({"distillation": None, "target_sparsity": 0.0}, "fine-tuned"),
+        ({"distillation": BOTH, "target_sparsity": 0.0}, "distilled, SDP-KLD + SDP-CC"),
+    ],
+)
+def test_names(fields, name):
+    assert method_name(SDPruneConfig(**fields)) == name
+
+
+def test_cards_claim_no_more_than_was_done(model_folder, csv_file):
+    workbench = load_workbench(str(model_folder), DataConfig(data=str(csv_file)))
+    scores = {"accuracy": 0.5, "macro_f1": 0.5}
+    row = {"method": "M", "structure": "unstructured", "target_sparsity": 0.5, "speedup": 1.0, **scores}
+    taught = Recipe(str(model_folder), pruning=SDPruneConfig(distillation="kl"))
+    alone = replace(taught, pruning=SDPruneConfig(distillation=None))
+    stages = replace(taught, stages=StagesConfig(pipeline="pqk"))
+    card = card_of(taught, workbench, row, scores)
+    assert card.method.startswith("self-distilled pruning (M, unstructured), https://")
+    assert card.task == "text-classification"
+    for recipe in (alone, stages):
+        assert card_of(recipe, workbench, row, scores).method == "pruning (M, unstructured)"
+    assert card_of(taught, workbench, row | {"target_sparsity": 0.0}, scores).method == "M, not pruned"
+
+
+def test_the_table_fits_its_names(capsys):
+    scores = {"accuracy": 0.5}
+    row = {"sparsity": 0.7, "reload_max_difference": 0.0, "speedup": 1.0, "int8": {"accuracy": 0.25}, **scores}
+    long = "movement + SDP-KLD + SDP-CC"
+    print_table({"dense": scores, "trained_head": False, "baselines": {}, "runs": [row | {"method": long}]})
+    header, dense, pruned, int8 = capsys.readouterr().out.splitlines()[1:5]
+    assert dense.startswith("dense, untrained head ")
+    assert pruned.startswith(f"{long}  ")
+    ends = {line.index(cell) + len(cell) for line, cell in ((header, "accuracy"), (dense, "50.0%"), (int8, "25.0%"))}
+    assert ends == {pruned.index("50.0%") + len("50.0%")}
