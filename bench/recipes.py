@@ -29,9 +29,10 @@ from sdprune.masking.select import select_linears
 from sdprune.recipe import RECIPE_NAME, Recipe, recipe_names
 from sdprune.runs.demo import FULL, QUICK, DemoSize, fine_tuned
 from sdprune.runs.predict import best_device, collate
-from sdprune.runs.run import SCORES_NAME, run, settled
+from sdprune.runs.run import run
 from sdprune.runs.workbench import Workbench, load_workbench
-from sdprune.training.progress import METRICS_NAME
+from sdprune.training.arguments import settled
+from sdprune.training.folder import METRICS_NAME, SCORES_NAME
 
 SPARSITY = 0.7
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # row -> recipe, and what differs from it
@@ -74,7 +75,7 @@ def run_recipes(names: Sequence[str], output: Path, results: Path, *, quick: boo
     features = _mean_tokens(workbench, dense)
     path = results / slug_of(device_name(best_device())) / "recipes.jsonl"
     if not any(row["recipe"] == "dense" for row in read_rows(path)):
-        scores = workbench.score(workbench.predict_test(dense, "testing dense"))
+        scores = workbench.score(workbench.predict(dense, "testing dense"))
         row = {"recipe": "dense", "sparsity": 0.0, "kept": 1.0, **scores}
         append_rows(path, [row | _representation(workbench, features, features) | _stamp(workbench)])
     for name in tqdm(names, unit="recipe"):
@@ -172,7 +173,7 @@ def _linear_weights(model: nn.Module) -> int:
 @torch.inference_mode()
 def _mean_tokens(workbench: Workbench, model: nn.Module) -> Tensor:
     """The mean over the unpadded tokens of the last hidden state, of every test row."""
-    device, rows, size = best_device(), workbench.test, workbench.batch_size
+    device, rows, size = best_device(), workbench.tested[""], workbench.batch_size
     model.to(device).eval()
     found = []
     for start in range(0, len(rows), size):
@@ -201,7 +202,7 @@ def _training_seconds(folder: Path) -> float:
 def _stamp(workbench: Workbench) -> Row:
     device = best_device()
     return {
-        "test_rows": len(workbench.test),
+        "test_rows": len(workbench.tested[""]),
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__,

@@ -7,9 +7,9 @@ import errno
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sdprune.commands import benchmark, demo, evaluate, export, inspect, prune
-from sdprune.recipe import RECIPE_NAME
 
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -25,17 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except KeyboardInterrupt as error:
-        checkpoint = getattr(error, "checkpoint", None)
-        # of a run, or of one of its stages
-        run = (
-            next((path for path in checkpoint.parents[:2] if (path / RECIPE_NAME).exists()), None)
-            if checkpoint
-            else None
-        )
-        if run is not None:
-            _complain(f"{error}\nGo on with: sdprune prune --resume {run}")
-        else:
-            _complain("interrupted")
+        run = _run_of(getattr(error, "checkpoint", None))
+        _complain("interrupted" if run is None else f"{error}\nGo on with: sdprune prune --resume {run}")
         return INTERRUPTED
     except (ValueError, TypeError) as error:
         _complain(f"error: {_one_line(error)}")
@@ -43,6 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, ArithmeticError, ImportError, SafetensorError) as error:
         _complain(f"error: {_one_line(error)}{_advice(error)}")
         return FAILED
+
+
+def _run_of(checkpoint: Path | None) -> Path | None:
+    if checkpoint is None:
+        return None
+    from sdprune.training.folder import run_of
+
+    return run_of(checkpoint)
 
 
 def _complain(text: str) -> None:

@@ -248,11 +248,15 @@ class Recipe:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"recipe {str(name)!r} is neither a file nor a name{hint} Recipes: {', '.join(names)}")
 
-    def save(self, path: str | Path) -> None:
-        """Write the flat keys as YAML."""
+    def to_yaml(self) -> str:
+        """Return the flat keys as YAML."""
         import yaml
 
-        write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the flat keys as YAML."""
+        write_text(Path(path), self.to_yaml())
 
 
 def recipe_names() -> tuple[str, ...]:

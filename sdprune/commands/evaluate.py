@@ -29,10 +29,10 @@ def run(options: argparse.Namespace) -> int:
     model = workbench.classifier.model
     if not workbench.classifier.trained_head:
         raise ValueError(f"model {options.model!r} has no trained classification head to evaluate")
-    logits = workbench.predict_test(model, "testing")
+    logits = workbench.predict(model, "testing")
     for name, value in workbench.score(logits).items():
         print(f"{name:<16} {value:.4f}")
-    for language, scores in workbench.score_languages(model).items():
+    for language, scores in workbench.score_languages(logits).items():
         print(f"{language:<16} " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     sparsity = measure_sparsity(model, select_linears(model, SDPruneConfig()))
     print(f"{'sparsity':<16} {sparsity.linear:.4f} of the linear layers, {sparsity.model:.4f} of the model")

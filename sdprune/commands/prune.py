@@ -10,7 +10,7 @@ from typing import Any
 
 from sdprune.commands.options import ABSENT, PARTS, add_fields, option_names
 from sdprune.commands.table import print_table
-from sdprune.recipe import RECIPE_NAME, Recipe, recipe_names
+from sdprune.recipe import Recipe, recipe_names
 
 
 def add(commands: Any) -> None:
@@ -44,6 +44,7 @@ def _wrapped(text: str) -> str:
 
 def run(options: argparse.Namespace) -> int:
     from sdprune.runs.run import run as run_recipe
+    from sdprune.training.folder import recipe_of
 
     given = {name: value for name, value in vars(options).items() if name in option_names() and value is not ABSENT}
     if options.model is not None:
@@ -51,9 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if options.resume is not None:
         if options.recipe or options.output or given:
             raise ValueError("--resume goes alone: the recipe of the run is in its folder")
-        if not (options.resume / RECIPE_NAME).exists():
-            raise ValueError(f"--resume: {str(options.resume)!r} holds no run ({RECIPE_NAME} is missing)")
-        values, output = Recipe.read_values(options.resume / RECIPE_NAME), options.resume
+        values, output = Recipe.read_values(recipe_of(options.resume)), options.resume
     else:
         if options.output is None:
             raise ValueError("--output is missing: name a new folder for the run")

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdprune.exports.export import plain_copy
 from sdprune.files import new_directory
 from sdprune.layers.block_sparse import BlockSparseLinear
 from sdprune.layers.dense import sharing_copy
-from sdprune.layers.forms import dense_of, is_masked
+from sdprune.layers.forms import dense_of, is_masked, plain_copy
 
 MODEL_NAME = "model.onnx"
 TOLERANCE = 1e-4

@@ -123,7 +123,7 @@ class NarrowLinear(_Smaller):
         )
 
 
-class RemovedLinear(_Smaller, nn.Linear):  # type: ignore[misc]  # what is declared of weight and bias is wider here
+class RemovedLinear(_Smaller, nn.Linear):
     """An ordinary, smaller `nn.Linear` that remembers which rows or columns it lost, to be saved in full again.
 
     Args:

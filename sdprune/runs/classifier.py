@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sdprune.data.tasks import Task
-from sdprune.exports.export import plain_copy
 from sdprune.formats.model_config import read_config
+from sdprune.layers.forms import plain_copy
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from sdprune.analysis.report import write_report
 from sdprune.config import SDPruneConfig
 from sdprune.data.baselines import majority_baseline, tfidf_baseline
 from sdprune.data.metrics import paired_bootstrap_standard_error
 from sdprune.exports.export import export
-from sdprune.files import write_text
 from sdprune.masking.schedule import pruning_moments, sparsity_levels
 from sdprune.recipe import DataConfig, Recipe, TrainingConfig
-from sdprune.runs.results import Assessment, Snapshot, assess, take_snapshot
-from sdprune.runs.run import SCORES_NAME, check_free, prune_on, read_record, settled
-from sdprune.runs.workbench import BUNDLED_MODEL, Workbench, load_workbench
+from sdprune.runs.pipelines import carry_out
+from sdprune.runs.results import Assessment, Results
+from sdprune.runs.workbench import BUNDLED_MODEL, load_workbench
 from sdprune.samples.archive import cache_directory
+from sdprune.training.arguments import settled
+from sdprune.training.folder import check_free
 
 SNAPSHOTS = (0.5, 0.7, 0.8)
 LEVELS = 8  # 10 %, 20 %, ... 80 %
@@ -86,22 +87,23 @@ SDP_CC = SDPruneConfig(
 
 
 class _TakeSnapshots(TrainerCallback):
-    """Exports the model at the wanted sparsities, at the end of the recovery that follows each."""
+    """Has the model assessed at the wanted sparsities, at the end of the recovery that follows each."""
 
-    def __init__(self, config: SDPruneConfig, folder: Path, workbench: Workbench) -> None:
-        self.config, self.folder, self.workbench = config, folder, workbench
-        self.taken: list[Snapshot] = []
+    def __init__(self, recipe: Recipe, folder: Path, results: Results) -> None:
+        self.recipe, self.folder, self.results = recipe, folder, results
+        self.taken: list[Assessment] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        ends = (*pruning_moments(self.config, state.max_steps)[1:], state.max_steps)
+        config = self.recipe.pruning
+        ends = (*pruning_moments(config, state.max_steps)[1:], state.max_steps)
         if state.global_step not in ends:
             return
-        level = sparsity_levels(self.config)[ends.index(state.global_step)]
+        level = sparsity_levels(config)[ends.index(state.global_step)]
         for wanted in SNAPSHOTS:
             if abs(level - wanted) < 1e-9:
-                reached = replace(self.config, target_sparsity=wanted)
+                reached = replace(config, target_sparsity=wanted)
                 folder = self.folder / f"sparsity-{round(100 * wanted)}"
-                self.taken.append(take_snapshot(kwargs["model"], reached, folder, self.workbench))
+                self.taken.append(self.results.add(kwargs["model"], reached, self.recipe, folder))
 
 
 def demo(output: Path, *, quick: bool = False, cache: Path | None = None) -> dict[str, Any]:
@@ -116,41 +118,35 @@ def demo(output: Path, *, quick: bool = False, cache: Path | None = None) -> dic
         ValueError: `output` holds something.
         SampleUnavailable: the model or the text cannot be fetched.
     """
-    check_free(output)
+    check_free(output, output=True)
     size = QUICK if quick else FULL
     training = settled(size.training)
     bf16 = bool(training.bf16)
     dense_folder = fine_tuned(size, bf16, cache)
     workbench = load_workbench(str(dense_folder), size.data, cache)
     task, dense = workbench.task, workbench.classifier.model
-    scores = {"dense": workbench.score(workbench.predict_test(dense, "testing dense", bf16=bf16))}
+    scores = workbench.score(workbench.predict(dense, "testing dense", bf16=bf16))
+    results = Results(workbench, dense, scores, bf16=bf16)
     magnitude = replace(SDP_CC, distillation=None)
-    records, assessments = [], {}
+    assessments = {}
     for name, config in (
         ("SDP-CC", SDP_CC),
         ("magnitude", magnitude),
         ("dense, same steps", replace(magnitude, target_sparsity=0.0)),
     ):
         folder = output / name.replace(", ", "-").replace(" ", "-").lower()
-        student = workbench.renewed()
-        snapshots = _TakeSnapshots(config, folder, workbench)
         recipe = Recipe(str(dense_folder), size.data, training, config)
-        result = prune_on(student, recipe, folder, [snapshots], save_strategy="no")
+        snapshots = _TakeSnapshots(recipe, folder, results)
+        (outcome,) = carry_out(workbench.renewed(), recipe, folder, [snapshots], save_strategy="no")
         if config.target_sparsity:
-            assessments[name] = assess(snapshots.taken, dense, workbench, bf16=bf16)
+            assessments[name] = snapshots.taken
         else:
-            scores["dense_same_steps"] = workbench.score(
-                workbench.predict_test(result.model, "testing dense", bf16=bf16)
-            )
-        records.append(read_record(name, folder, config, result.sparsity))
-    metrics = {
-        **scores,
-        "baselines": {"majority": majority_baseline(task), "tfidf": tfidf_baseline(task)},
-        "runs": _compared(assessments, workbench),
-    }
-    write_text(output / SCORES_NAME, json.dumps(metrics, indent=2) + "\n")
-    write_report(output, metrics, records, title="MiniLM pruned on movie reviews", notes=_notes(size, quick))
-    return metrics
+            logits = workbench.predict(outcome.model, "testing dense", bf16=bf16)
+            results.metrics["dense_same_steps"] = workbench.score(logits)
+        results.record(name, folder, config, snapshots.taken[-1].sparsity if snapshots.taken else None)
+    results.metrics["baselines"] = {"majority": majority_baseline(task), "tfidf": tfidf_baseline(task)}
+    _compare(assessments, np.asarray(task.test.labels))
+    return results.write(output, title="MiniLM pruned on movie reviews", notes=_notes(size, quick))
 
 
 def fine_tuned(size: DemoSize, bf16: bool, cache: Path | None = None) -> Path:
@@ -163,24 +159,20 @@ def fine_tuned(size: DemoSize, bf16: bool, cache: Path | None = None) -> Path:
         set_seed(unpruned.seed)  # the head is made at random
         workbench = load_workbench(BUNDLED_MODEL, size.data, cache)
         with tempfile.TemporaryDirectory() as temporary:
-            result = prune_on(workbench, recipe, Path(temporary, "run"), save_strategy="no")
-            export(result.model, folder, processing_class=workbench.classifier.tokenizer)
+            (outcome,) = carry_out(workbench, recipe, Path(temporary, "run"), save_strategy="no")
+            export(outcome.model, folder, processing_class=workbench.classifier.tokenizer)
     return folder
 
 
-def _compared(assessments: dict[str, list[Assessment]], workbench: Workbench) -> list[dict[str, Any]]:
-    """Return the rows of all runs, those with a teacher beside magnitude alone on the same test rows."""
-    labels = np.asarray(workbench.task.test.labels)
-    rows = []
+def _compare(assessments: dict[str, list[Assessment]], labels: NDArray[Any]) -> None:
+    """Put standard errors into the rows, and the difference to magnitude alone on the same test rows."""
     for name, found in assessments.items():
         for own, other in zip(found, assessments["magnitude"], strict=True):
             correct, plain = (item.logits.argmax(1) == labels for item in (own, other))
-            row = own.row | {"standard_error": float(correct.std() / len(correct) ** 0.5)}
+            own.row["standard_error"] = float(correct.std() / len(correct) ** 0.5)
             if name != "magnitude":
-                row["difference_to_magnitude"] = float(correct.mean() - plain.mean())
-                row["paired_standard_error"] = paired_bootstrap_standard_error(correct, plain)
-            rows.append(row)
-    return rows
+                own.row["difference_to_magnitude"] = float(correct.mean() - plain.mean())
+                own.row["paired_standard_error"] = paired_bootstrap_standard_error(correct, plain)
 
 
 def _notes(size: DemoSize, quick: bool) -> list[str]:

@@ -18,7 +18,7 @@ from sdprune.formats.model_config import exported_class, read_config
 from sdprune.masking.linears import matrix
 from sdprune.masking.swap import mask_layer
 from sdprune.runs.classifier import check_model_folder
-from sdprune.training.checkpoint import checkpoints
+from sdprune.training.folder import config_of, model_of
 
 
 def export_folder(source: Path, output: Path, format: str | None = None) -> Path:
@@ -41,13 +41,11 @@ def export_folder(source: Path, output: Path, format: str | None = None) -> Path
 
     if not source.is_dir():
         raise ValueError(f"{str(source)!r} is not a folder")
-    finished = source / "model"
-    folder = finished if (finished / "config.json").is_file() else next(reversed(checkpoints(source)), source)
+    folder = model_of(source)
     check_model_folder(str(folder))
     kind = exported_class(folder, read_config(folder))
     model = kind.from_pretrained(folder, dtype=torch.float32 if format == "onnx" else "auto")
-    run = next((path for path in (source, folder.parent) if (path / CONFIG_NAME).exists()), None)
-    config = SDPruneConfig.from_pretrained(run) if run else None
+    config = config_of(source, folder.parent)
     _take_masks(model, folder, config)
     tokenizer = None
     if (folder / "tokenizer_config.json").exists():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,47 +29,64 @@ def collate(tokenizer: Any, rows: list[dict[str, Any]], device: torch.device | s
     return {key: value.to(device) for key, value in tokenizer.pad(inputs, return_tensors="pt").items()}
 
 
+@dataclass(frozen=True)
+class Batches:
+    """Examples in padded batches; those of like lengths stand together, which is cheaper.
+
+    Args:
+        rows: the places of the examples in every batch.
+        inputs: what the model is called with, without labels, on the CPU.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    inputs: tuple[dict[str, Tensor], ...]
+
+    @classmethod
+    def of(cls, examples: EncodedExamples, tokenizer: Any, batch_size: int) -> Self:
+        """Return the batches of examples."""
+        order = [index for _, index in sorted(zip(examples.lengths, range(len(examples)), strict=True))]
+        rows = tuple(tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
+        return cls(rows, tuple(collate(tokenizer, [examples[index] for index in batch]) for batch in rows))
+
+    def in_order(self, logits: Iterable[Tensor]) -> NDArray[np.float32]:
+        """Return the logits of the batches in the order of the examples.
+
+        (rows, classes), or of a token classifier (rows, longest row, classes) with 0 behind shorter rows.
+        """
+        found: dict[int, NDArray[np.float32]] = {}
+        for batch, inputs, outputs in zip(self.rows, self.inputs, logits, strict=True):
+            values: Any = outputs.float().cpu().numpy()
+            if values.ndim == 3:
+                values = [row[mask] for row, mask in zip(values, inputs["attention_mask"].bool().numpy(), strict=True)]
+            found |= dict(zip(batch, values, strict=True))
+        return padded([found[index] for index in range(len(found))], 0.0)
+
+
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
-    examples: EncodedExamples,
-    tokenizer: Any,
-    *,
-    batch_size: int = 64,
-    bf16: bool = False,
-    description: str | None = None,
+    model: nn.Module, batches: Batches, *, bf16: bool = False, description: str | None = None
 ) -> NDArray[np.float32]:
-    """Return the logits in the order of the examples. Batches are made by length, which is cheaper.
+    """Return the logits of a model in the order of the examples, as `Batches.in_order` has them.
 
     Args:
         model: a classifier of texts or of tokens; moved to the accelerator where there is one, left in the mode it
             was in.
-        examples: encoded rows.
-        tokenizer: pads the batches.
-        batch_size: rows of a batch.
+        batches: encoded rows.
         bf16: bfloat16 autocast.
         description: text of a progress bar; None: no bar.
-
-    Returns:
-        (rows, classes), or of a token classifier (rows, longest row, classes) with 0 behind shorter rows.
     """
     device = best_device()
     was_training = model.training
     if next(model.parameters()).device != device:  # int8 weights cannot be moved, not even to where they are
         model.to(device)
     model.eval()
-    order = [index for _, index in sorted(zip(examples.lengths, range(len(examples)), strict=True))]
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    logits: dict[int, NDArray[np.float32]] = {}
-    for batch in tqdm(batches, desc=description, disable=description is None, unit="batch", leave=False):
-        inputs = collate(tokenizer, [examples[index] for index in batch], device)
+    logits = []
+    for inputs in tqdm(batches.inputs, desc=description, disable=description is None, unit="batch", leave=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            rows = model(**inputs).logits.float().cpu().numpy()
-        if rows.ndim == 3:
-            rows = [row[mask] for row, mask in zip(rows, inputs["attention_mask"].bool().cpu().numpy(), strict=True)]
-        logits |= dict(zip(batch, rows, strict=True))
+            outputs = model(**{name: value.to(device) for name, value in inputs.items()})
+        logits.append(outputs.logits.float().cpu())
     model.train(was_training)
-    return padded([logits[index] for index in range(len(examples))], 0.0)
+    return batches.in_order(logits)
 
 
 def padded(rows: Sequence[npt.ArrayLike], value: float) -> NDArray[Any]:

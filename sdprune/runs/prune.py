@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,31 +10,16 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from sdprune.config import CONFIG_NAME, SDPruneConfig
+from sdprune.config import SDPruneConfig
 from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.swap import masked_layers, unswap
 from sdprune.training.callback import SDPruneCallback
-from sdprune.training.checkpoint import (
-    MARKER,
-    MarkComplete,
-    checkpoints,
-    no_empty_folder,
-    read_marker,
-    remove_incomplete,
-)
+from sdprune.training.checkpoint import MarkComplete, no_empty_folder, remove_incomplete
 from sdprune.training.diagnostics import Diagnostics
-from sdprune.training.origin import differences, run_origin
-from sdprune.training.progress import ORIGIN_NAME, FinishStepOnInterrupt, ProgressBar, RunFolder
+from sdprune.training.folder import RunFolder, claim
+from sdprune.training.origin import run_origin
+from sdprune.training.progress import FinishStepOnInterrupt, ProgressBar
 from sdprune.training.trainer import SDPruneTrainer
-
-logger = logging.getLogger(__name__)
-
-ORIGIN_PARTS = {
-    "training": "other training arguments",
-    "data": "another train_dataset",
-    "model": "another model (build the dense one again, as it was before any masks and zeros)",
-    "teacher": "another teacher_model",
-}
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,7 @@ def prune(
     directory = Path(str(args.output_dir))
     bar, interrupt = ProgressBar("pruning" if config.target_sparsity else "training"), FinishStepOnInterrupt()
     origin = run_origin(model, teacher_model, train_dataset, args)
-    resume = _claim(directory, config, origin, args)
+    resume = claim(directory, config, origin, args)
     watchers = [MarkComplete({"config": config.to_dict()} | origin), RunFolder(directory, config, origin), interrupt]
     with no_empty_folder(directory):
         trainer = SDPruneTrainer(
@@ -145,66 +128,3 @@ def prune(
         sparsity=measure_sparsity(pruned, names),
         output_dir=directory,
     )
-
-
-def _claim(directory: Path, config: SDPruneConfig, origin: Mapping[str, Any], args: TrainingArguments) -> str | None:
-    """Return the checkpoint to resume from, or None to begin; raise if the folder holds something else."""
-    taken = (directory / CONFIG_NAME).exists()
-    resume: Any = args.resume_from_checkpoint
-    if not resume:
-        if taken or any(directory.glob("checkpoint-*")):
-            raise ValueError(
-                f"output_dir {str(directory)!r} already holds a run; name another folder, or set "
-                "resume_from_checkpoint to go on with it"
-            )
-        return None
-    if not taken:
-        raise ValueError(f"output_dir {str(directory)!r} holds no run to resume ({CONFIG_NAME} is missing)")
-    config_before = SDPruneConfig.from_pretrained(directory).to_dict()
-    _check_same(f"the run in {str(directory)!r}", config_before, _read_origin(directory), config, origin)
-    with args.main_process_first(local=False, desc="removing incomplete checkpoints"):
-        if args.should_save:
-            remove_incomplete(directory)
-    if isinstance(resume, str) and resume.lower() not in ("true", "latest"):
-        marker = read_marker(resume)
-        if marker is None:
-            raise ValueError(
-                f"resume_from_checkpoint {resume!r} is no whole checkpoint of such a run ({MARKER} is missing, or "
-                "files that it lists are)"
-            )
-        before = marker["origin"]
-        _check_same(f"resume_from_checkpoint {resume!r}", before.pop("config", {}), before, config, origin)
-        return resume
-    whole = checkpoints(directory)
-    if not whole:
-        logger.warning("%s holds no whole checkpoint: the run begins again", directory)
-        return None
-    return str(whole[-1])
-
-
-def _read_origin(directory: Path) -> dict[str, Any]:
-    path = directory / ORIGIN_NAME
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ValueError(f"output_dir {str(directory)!r} holds no run to resume ({ORIGIN_NAME} is missing)") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error})") from None
-
-
-def _check_same(
-    what: str,
-    config_before: Mapping[str, Any],
-    before: Mapping[str, Any],
-    config: SDPruneConfig,
-    origin: Mapping[str, Any],
-) -> None:
-    """Raise ValueError that names every field of the configuration, then of the origin, that differs."""
-    changed = differences(config_before, config.to_dict())
-    if changed:
-        raise ValueError(f"{what} has another configuration ({'; '.join(changed)})")
-    now = json.loads(json.dumps(origin))  # as a file gives it: lists for tuples
-    for part, meaning in ORIGIN_PARTS.items():
-        changed = differences({part: before.get(part)}, {part: now[part]})
-        if changed:
-            raise ValueError(f"{what} began with {meaning} ({'; '.join(changed)}); give it the same again")

@@ -1,8 +1,12 @@
-"""Exported snapshots of a run, and what they are worth on the test rows."""
+"""What comes of a run: every model is exported once, loaded once in a fresh process and scored there.
+
+Of this are made its row in `metrics.json`, its card, and the report.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from torch import nn
 
+from sdprune.analysis.report import RunRecord, write_report
 from sdprune.config import SDPruneConfig, split_term
-from sdprune.exports.export import dense_state_dict, export
-from sdprune.exports.reload import reload_differences
+from sdprune.exports.card import write_model_card
+from sdprune.exports.export import export
+from sdprune.files import write_text
+from sdprune.layers.forms import plain_copy
 from sdprune.masking.pruner import Sparsity, measure_sparsity
+from sdprune.masking.schedule import pruning_moments
 from sdprune.masking.select import select_linears
+from sdprune.recipe import Recipe
+from sdprune.runs.card import card_of
+from sdprune.runs.fresh import fresh_logits
 from sdprune.runs.predict import best_device, speedup
 from sdprune.runs.workbench import Workbench
+from sdprune.training.folder import METRICS_NAME, SCORES_NAME
 
 METHODS = {
     "cross_correlation": "SDP-CC",
@@ -51,80 +62,90 @@ def _term_name(term: str) -> str:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A pruned model as it was exported.
-
-    Args:
-        config: how it is pruned, with the sparsity it has reached as its target.
-        folder: the exported files.
-        sparsity: zeros counted in the weights.
-        logits: fp32 logits of the model in memory on the probe batch.
-    """
-
-    config: SDPruneConfig
-    folder: Path
-    sparsity: Sparsity
-    logits: Tensor
-
-
-@torch.inference_mode()
-def take_snapshot(model: Any, config: SDPruneConfig, folder: Path, workbench: Workbench) -> Snapshot:
-    """Export a model, masked or dense, that may be in the middle of its training; it stays as it is.
-
-    A folder that exists is taken for that model's export.
-    """
-    if not folder.exists():
-        export(model, folder, config=config, processing_class=workbench.classifier.tokenizer)
-    # A model under training may run in autocast; its dense copy runs in fp32, as a user would load it.
-    dense = type(model)(copy.deepcopy(model.config))
-    dense.load_state_dict(dense_state_dict(model))
-    dense = dense.float().eval()
-    sparsity = measure_sparsity(dense, select_linears(dense, config))
-    return Snapshot(config, folder, sparsity, dense(**workbench.probe).logits)
-
-
-@dataclass(frozen=True)
 class Assessment:
-    """What a snapshot is worth.
+    """What a model is worth.
 
     Args:
-        row: a row of `runs` in `metrics.json`.
+        row: its row of `runs` in `metrics.json`.
         logits: on the test rows, of `predict`.
+        sparsity: zeros counted in the weights.
     """
 
     row: dict[str, Any]
     logits: NDArray[np.float32]
+    sparsity: Sparsity
 
 
-def assess(
-    snapshots: Sequence[Snapshot], dense: torch.nn.Module, workbench: Workbench, *, bf16: bool = False
-) -> list[Assessment]:
-    """Load every snapshot from its files, score it on the test rows, time it beside the dense model, and check in
-    a fresh process without this package that its logits are those it had in memory.
+class Results:
+    """Gathers what the models of a run are worth, and writes it.
+
+    Args:
+        workbench: the data.
+        dense: the model before pruning, to be timed beside every other one.
+        scores: of the dense model on the test rows.
+        bf16: whether models are scored in bfloat16 autocast.
+
+    Attributes:
+        metrics: what `metrics.json` will hold.
+        records: the trainings that the report shows.
     """
-    probe = workbench.probe
-    differences = reload_differences(
-        {str(item.folder): item.folder for item in snapshots},
-        probe,
-        {str(item.folder): item.logits for item in snapshots},
-    )
-    auto_class: Any = AutoModelForTokenClassification if workbench.task.tagged else AutoModelForSequenceClassification
-    found = []
-    for item in snapshots:
-        model = auto_class.from_pretrained(item.folder, dtype=torch.float32)
-        logits = workbench.predict_test(model, f"testing {item.folder.name}", bf16=bf16)
+
+    def __init__(self, workbench: Workbench, dense: nn.Module, scores: dict[str, float], *, bf16: bool = False) -> None:
+        self.workbench, self.dense, self.bf16 = workbench, dense, bf16
+        self.metrics: dict[str, Any] = {"dense": scores, "baselines": {}, "runs": []}
+        self.records: list[RunRecord] = []
+
+    @torch.inference_mode()
+    def add(self, model: Any, config: SDPruneConfig, recipe: Recipe, folder: Path, *, name: str = "") -> Assessment:
+        """Export a model, have a fresh process load and score it, and write its card; its row is the last of `runs`.
+
+        Args:
+            model: masked or dense, perhaps in the middle of its training; it stays as it is.
+            config: how it is pruned, with the sparsity it has reached as its target.
+            recipe: what was carried out, for the card.
+            folder: for the exported files; one that exists is taken for that model's export.
+            name: of the method; "": as the configuration says.
+        """
+        workbench, probe = self.workbench, self.workbench.probe
+        if not folder.exists():
+            export(model, folder, config=config, processing_class=workbench.classifier.tokenizer)
+        # A model under training may run in autocast; its dense copy runs in fp32, as a user would load it.
+        memory = type(model)(copy.deepcopy(model.config))
+        memory.load_state_dict(plain_copy(model).state_dict())
+        memory = memory.float().eval()
+        batches = [inputs for part in workbench.batches.values() for inputs in part.inputs]
+        text = f"testing {folder.name}"
+        found, outputs = fresh_logits(folder, probe, batches, bf16=self.bf16, description=text)
+        logits = workbench.gathered(outputs)
+        sparsity = measure_sparsity(memory, select_linears(memory, config))
         row = {
-            "method": method_name(item.config),
-            "structure": item.config.structure,
-            "target_sparsity": item.config.target_sparsity,
-            "sparsity": item.sparsity.linear,
-            "model_sparsity": item.sparsity.model,
+            "method": name or method_name(config),
+            "structure": config.structure,
+            "target_sparsity": config.target_sparsity,
+            "sparsity": sparsity.linear,
+            "model_sparsity": sparsity.model,
             **workbench.score(logits),
-            "reload_max_difference": differences[str(item.folder)],
-            "speedup": speedup(dense, model, probe),
+            "reload_max_difference": float((found - memory(**probe).logits).abs().max()),
+            "speedup": speedup(self.dense, memory, probe),
             "device": best_device().type,
         }
         if workbench.task.zero_shot:
-            row["languages"] = workbench.score_languages(model, bf16=bf16)
-        found.append(Assessment(row, logits))
-    return found
+            row["languages"] = workbench.score_languages(logits)
+        self.metrics["runs"].append(row)
+        write_model_card(folder, card_of(recipe, workbench, row, self.metrics["dense"]))
+        return Assessment(row, logits[""], sparsity)
+
+    def record(self, name: str, folder: Path, config: SDPruneConfig, sparsity: Sparsity | None) -> None:
+        """Gather what the report shows of a training, and of the zeros that it left, from its folder."""
+        lines = (folder / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+        history = tuple(json.loads(line) for line in lines)
+        moments = pruning_moments(config, max((row["step"] for row in history), default=0))
+        zeros = sparsity.layers if sparsity is not None and config.target_sparsity > 0.0 else {}
+        densities = {layer: 1.0 - value for layer, value in zeros.items()}
+        self.records.append(RunRecord(name, history, moments, densities))
+
+    def write(self, output: Path, *, title: str, notes: Sequence[str] = ()) -> dict[str, Any]:
+        """Write `metrics.json` and the report into a folder, and return what the first one holds."""
+        write_text(output / SCORES_NAME, json.dumps(self.metrics, indent=2) + "\n")
+        write_report(output, self.metrics, self.records, title=title, notes=notes)
+        return self.metrics

@@ -17,14 +17,14 @@ from typing import Any
 
 from accelerate.utils import wait_for_everyone
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from sdprune.config import CONFIG_NAME, SDPruneConfig
+from sdprune.config import SDPruneConfig
 from sdprune.exports.export import export
 from sdprune.files import write_text
 from sdprune.runs.prune import prune
+from sdprune.training.folder import STAGES_NAME, WriteAtStart, claim_stages, is_begun
 
-SETTINGS_NAME = "stages.json"
 MARKER = "stage.json"
 
 
@@ -70,25 +70,7 @@ class Stages:
     def __init__(self, directory: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
         self.directory = directory
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        path = directory / SETTINGS_NAME
-        if not resume:
-            if path.exists() or any(directory.glob("*/checkpoint-*")) or any(directory.glob(f"*/{CONFIG_NAME}")):
-                raise ValueError(
-                    f"output_dir {str(directory)!r} already holds a run; name another folder, or set "
-                    "resume_from_checkpoint to go on with it"
-                )
-            return
-        if not path.exists():
-            raise ValueError(f"output_dir {str(directory)!r} holds no run to resume ({SETTINGS_NAME} is missing)")
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        names = {**earlier, **self.settings}
-        changed = [
-            f"{name}: {earlier.get(name)!r} -> {self.settings.get(name)!r}"
-            for name in names
-            if earlier.get(name) != self.settings.get(name)
-        ]
-        if changed:
-            raise ValueError(f"the run in {str(directory)!r} has other settings ({'; '.join(changed)})")
+        claim_stages(directory, self.settings, resume=resume)
 
     def run(
         self,
@@ -121,10 +103,10 @@ class Stages:
             return StageResult(loaded, metrics, folder)
         own = copy.copy(args)
         own.output_dir = str(folder)
-        own.resume_from_checkpoint = "latest" if (folder / CONFIG_NAME).exists() else None
-        claim = _Claim(self.directory / SETTINGS_NAME, self.settings)
+        own.resume_from_checkpoint = "latest" if is_begun(folder) else None
+        begun = WriteAtStart(self.directory / STAGES_NAME, json.dumps(self.settings, indent=2) + "\n")
         result = prune(
-            model, config, train_dataset, eval_dataset, args=own, callbacks=[*(callbacks or ()), claim], **options
+            model, config, train_dataset, eval_dataset, args=own, callbacks=[*(callbacks or ()), begun], **options
         )
         if args.should_save:
             shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was killed before its marker
@@ -132,16 +114,3 @@ class Stages:
             write_text(folder / MARKER, json.dumps(result.metrics, indent=2) + "\n")
         wait_for_everyone()
         return StageResult(result.model, result.metrics, folder)
-
-
-class _Claim(TrainerCallback):
-    """Writes the settings when a training begins, so that a refused run leaves the folder free."""
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path, self.settings = path, settings
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero and not self.path.exists():
-            write_text(self.path, json.dumps(self.settings, indent=2) + "\n")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ from sdprune.data.metrics import compute
 from sdprune.data.tasks import MULTILINGUAL_REVIEWS, Task, load_task
 from sdprune.recipe import DataConfig
 from sdprune.runs.classifier import Classifier, align_labels, load_classifier
-from sdprune.runs.predict import collate, padded, predict
+from sdprune.runs.predict import Batches, collate, padded, predict
 from sdprune.samples.english import sample_model
 from sdprune.samples.multilingual import multilingual_model
 
@@ -55,33 +57,35 @@ class Workbench:
         return encode(self.task.validation, self.classifier.tokenizer, self.max_length)
 
     @cached_property
-    def test(self) -> EncodedExamples:
-        """Encoded test rows."""
-        return encode(self.task.test, self.classifier.tokenizer, self.max_length)
+    def tested(self) -> dict[str, EncodedExamples]:
+        """Encoded test rows, under "", and those of the languages that are not trained on."""
+        parts = {"": self.task.test, **self.task.zero_shot}
+        return {name: encode(part, self.classifier.tokenizer, self.max_length) for name, part in parts.items()}
 
     @cached_property
-    def zero_shot(self) -> dict[str, EncodedExamples]:
-        """Encoded test rows of the languages that are not trained on."""
-        rows = self.task.zero_shot
-        return {name: encode(part, self.classifier.tokenizer, self.max_length) for name, part in rows.items()}
+    def batches(self) -> dict[str, Batches]:
+        """The test rows in batches, by the same names."""
+        tokenizer = self.classifier.tokenizer
+        return {name: Batches.of(rows, tokenizer, self.batch_size) for name, rows in self.tested.items()}
 
     def renewed(self) -> Workbench:
         """Return a workbench with the model as it was loaded, untouched by any training."""
         return replace(self, classifier=load_classifier(self.source, self.task))
 
-    def predict_test(self, model: nn.Module, description: str, *, bf16: bool = False) -> NDArray[np.float32]:
-        """Return the logits of a model on the test rows (`predict`), with a progress bar."""
-        tokenizer, size = self.classifier.tokenizer, self.batch_size
-        return predict(model, self.test, tokenizer, batch_size=size, bf16=bf16, description=description)
+    def predict(
+        self, model: nn.Module, description: str, *, bf16: bool = False, languages: bool = True
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return the logits of a model on the test rows, by the names of `tested`, with a progress bar."""
+        return {
+            name: predict(model, batches, bf16=bf16, description=f"{description} {name}".strip())
+            for name, batches in self.batches.items()
+            if languages or not name
+        }
 
-    def score_languages(self, model: nn.Module, *, bf16: bool = False) -> dict[str, dict[str, float]]:
-        """Return the metrics of every language that is not trained on; empty where the task has none."""
-        tokenizer, size = self.classifier.tokenizer, self.batch_size
-        scores = {}
-        for name, rows in self.zero_shot.items():
-            logits = predict(model, rows, tokenizer, batch_size=size, bf16=bf16, description=f"testing {name}")
-            scores[name] = self._score(logits, rows, self.task.zero_shot[name])
-        return scores
+    def gathered(self, outputs: Iterable[Tensor]) -> dict[str, NDArray[np.float32]]:
+        """Return the logits of all `batches`, one after the other, as `predict` does."""
+        following = iter(outputs)
+        return {name: part.in_order(islice(following, len(part.rows))) for name, part in self.batches.items()}
 
     @property
     def collator(self) -> Any:
@@ -91,17 +95,20 @@ class Workbench:
     @property
     def probe(self) -> dict[str, Tensor]:
         """One batch of test rows, to time models and to compare their logits to the bit."""
-        rows = [self.test[index] for index in range(min(PROBE_ROWS, len(self.test)))]
+        rows = [self.tested[""][index] for index in range(min(PROBE_ROWS, len(self.tested[""])))]
         return collate(self.classifier.tokenizer, rows)
 
-    def score(self, logits: NDArray[np.float32]) -> dict[str, float]:
+    def score(self, logits: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
         """Return the task's metrics of test logits."""
-        return self._score(logits, self.test, self.task.test)
+        return self._score(logits[""], self.tested[""], self.task.test)
+
+    def score_languages(self, logits: Mapping[str, NDArray[np.float32]]) -> dict[str, dict[str, float]]:
+        """Return the metrics of every language that is not trained on; empty where the task has none."""
+        rows = self.task.zero_shot
+        return {name: self._score(logits[name], self.tested[name], part) for name, part in rows.items()}
 
     def _score(self, logits: NDArray[np.float32], rows: EncodedExamples, part: Examples) -> dict[str, float]:
-        labels: Any = rows.labels
-        if part.tagged:
-            labels = padded(labels, IGNORED_LABEL)
+        labels: Any = padded(cast(Any, rows.labels), IGNORED_LABEL) if part.tagged else rows.labels
         return compute(self.task.metrics, logits, labels, part.queries, self.task.label_names)
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def training_arguments(
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "use_cpu": not torch.accelerator.is_available(),
-        "bf16": bf16_pays() if training.bf16 is None else training.bf16,
+        "bf16": settled(training).bf16,
         "logging_steps": training.logging_steps,
         "eval_strategy": "steps",
         "eval_steps": training.eval_steps,
@@ -45,6 +46,11 @@ def training_arguments(
         "resume_from_checkpoint": "latest" if resume else None,
     }
     return TrainingArguments(**(values | overrides))
+
+
+def settled(training: TrainingConfig) -> TrainingConfig:
+    """Return the training with `bf16` decided for the device at hand."""
+    return replace(training, bf16=bf16_pays()) if training.bf16 is None else training
 
 
 def bf16_pays(threshold: float = 1.3, repeats: int = 5) -> bool:

@@ -1,11 +1,9 @@
-"""What a person sees and keeps of a training: a progress bar, `metrics.jsonl`, and a Ctrl-C that loses nothing."""
+"""What a person sees of a training: a progress bar, and a Ctrl-C that loses nothing."""
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -14,12 +12,6 @@ import torch
 from torch import distributed
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from sdprune.config import SDPruneConfig
-from sdprune.files import write_text
-
-METRICS_NAME = "metrics.jsonl"
-ORIGIN_NAME = "sdprune_origin.json"
 
 
 class ProgressBar(TrainerCallback):
@@ -77,35 +69,6 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-class RunFolder(TrainerCallback):
-    """Marks the folder once the training begins: what it began with (`sdprune_origin.json`), then the configuration.
-
-    The log goes into `metrics.jsonl`; a resumed run first drops the rows it will repeat. Must come after
-    `SDPruneCallback`, which refuses trainings that do not fit: a refused run leaves the folder free.
-    """
-
-    def __init__(self, directory: Path, config: SDPruneConfig, origin: Mapping[str, Any]) -> None:
-        self.directory = directory
-        self.config = config
-        self.origin = dict(origin)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write the configuration, and the rows that the checkpoint knows of; none at the start."""
-        if state.is_world_process_zero:
-            write_text(self.directory / ORIGIN_NAME, json.dumps(self.origin, indent=1) + "\n")
-            self.config.save_pretrained(self.directory)  # last of the two: a folder that has it holds a run
-            rows = "".join(json.dumps(row) + "\n" for row in state.log_history)
-            write_text(self.directory / METRICS_NAME, rows)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Append the newest row."""
-        if state.is_world_process_zero:
-            with (self.directory / METRICS_NAME).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
 class TrainingInterrupted(KeyboardInterrupt):

@@ -196,7 +196,7 @@ def test_a_run_interrupted_after_its_training_goes_on(prune, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr("sdprune.runs.run.assess", stop)
+        context.setattr("sdprune.runs.results.fresh_logits", stop)
         assert prune() == 130
     assert (tmp_path / "run" / "model").exists()
     assert not (tmp_path / "run" / "metrics.json").exists()

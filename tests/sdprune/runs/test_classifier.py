@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2Model, GPT2TokenizerFast
 from sdprune.data.examples import Examples, encode
 from sdprune.data.tasks import Task
 from sdprune.runs.classifier import align_labels, load_classifier
-from sdprune.runs.predict import best_device, predict, speedup
+from sdprune.runs.predict import Batches, best_device, predict, speedup
 
 
 def make_task(*names: str) -> Task:
@@ -93,7 +93,7 @@ def test_predictions_of_tokens(tokenizer, side):
     rows = encode(Examples((("a", "film"), ("the", "dull", "plot"), ("it",)), ((0, 1), (1, 0, 0), (1,))), tokenizer, 32)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = side
-    logits = predict(Echo(), rows, tokenizer, batch_size=2)
+    logits = predict(Echo(), Batches.of(rows, tokenizer, 2))
     assert logits.shape == (3, 5, 2)
     for row, ids in zip(logits, rows.columns["input_ids"], strict=True):
         assert row[:, 0].tolist() == ids + [0] * (5 - len(ids))
@@ -130,7 +130,7 @@ def test_labels_follow_the_names_of_the_model(model):
 def test_predictions_are_in_the_order_of_the_rows(model, dataset_factory, tokenizer):
     rows = dataset_factory(37)
     model.train()
-    logits = predict(model, rows, tokenizer, batch_size=8)
+    logits = predict(model, Batches.of(rows, tokenizer, 8))
     assert model.training
     assert logits.shape == (37, 2)
     assert logits.dtype == np.float32

@@ -8,7 +8,7 @@ import pytest
 from sdprune.cli import main
 from sdprune.data.tasks import load_task
 from sdprune.recipe import DataConfig
-from sdprune.runs import results, workbench
+from sdprune.runs import workbench
 
 
 @pytest.fixture
@@ -24,8 +24,7 @@ def foreign(csv_file, monkeypatch):
     return load
 
 
-def test_languages_are_reported_apart(foreign, model_folder, csv_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(results, "reload_differences", lambda folders, inputs, expected: dict.fromkeys(folders, 0.0))
+def test_languages_are_reported_apart(foreign, model_folder, csv_file, tmp_path, capsys, in_process):
     start = ["prune", "--recipe", "sdp-kld", "--model", str(model_folder), "--data", str(csv_file), "--max-steps", "4"]
     steps = ["--pruning-steps", "2", "--bf16", "false", "--warmup-steps", "0", "--eval-steps", "4"]
     assert main([*start, *steps, "--output", str(tmp_path / "run")]) == 0

@@ -16,7 +16,6 @@ from transformers import (
 from sdprune import SDPruneConfig, prune
 from sdprune.cli import main
 from sdprune.masking.select import select_linears
-from sdprune.runs import results
 
 FAST = ["--max-steps", "8", "--per-device-train-batch-size", "8", "--eval-steps", "8", "--save-steps", "8"]
 FAST += ["--bf16", "false", "--warmup-steps", "0", "--logging-steps", "2", "--seed", "1"]
@@ -42,13 +41,7 @@ def tagged_file(tmp_path):
     return tmp_path / "tags.jsonl"
 
 
-@pytest.fixture
-def without_reload(monkeypatch):
-    """Leave out the check in a fresh process, which takes seconds."""
-    monkeypatch.setattr(results, "reload_differences", lambda folders, inputs, expected: dict.fromkeys(folders, 0.0))
-
-
-def test_tags_by_the_command_line(body, tagged_file, tmp_path, without_reload, monkeypatch, capsys):
+def test_tags_by_the_command_line(body, tagged_file, tmp_path, in_process, monkeypatch, capsys):
     """Fine-tuned, pruned with a teacher that is compared on every token, loaded by plain transformers, evaluated."""
     columns = ["--data", str(tagged_file), "--text-column", "tokens", "--label-column", "tags"]
     dense = ["--target-sparsity", "0", "--distillation", "none", "--max-steps", "40", "--learning-rate", "5e-3"]
@@ -86,7 +79,7 @@ def test_tags_by_the_command_line(body, tagged_file, tmp_path, without_reload, m
     assert f"span_f1          {row['span_f1']:.4f}" in capsys.readouterr().out
 
 
-def test_numbers_by_the_command_line(body, tmp_path, without_reload, capsys):
+def test_numbers_by_the_command_line(body, tmp_path, in_process, capsys):
     """Pairs of sentences with a number, as in STS-B."""
     chooser, rows = random.Random(0), ["sentence1,sentence2,score"]
     for _ in range(80):

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from sdprune.cli import main
-from sdprune.runs import results
 
 FAST = ["--max-steps", "4", "--per-device-train-batch-size", "8", "--pruning-steps", "2", "--eval-steps", "4"]
 FAST += ["--bf16", "false", "--warmup-steps", "0", "--logging-steps", "1", "--distillation", "mse"]
@@ -13,8 +12,7 @@ FAST += ["--representation", "logits"]
 
 
 @pytest.fixture
-def call(model_folder, csv_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "reload_differences", lambda folders, inputs, expected: dict.fromkeys(folders, 0.0))
+def call(model_folder, csv_file, tmp_path, in_process):
 
     def run(output, *options):
         start = ["prune", "--model", str(model_folder), "--data", str(csv_file), "--output", str(tmp_path / output)]

@@ -11,7 +11,6 @@ from transformers import AutoModelForSequenceClassification
 
 from sdprune.cli import main
 from sdprune.recipe import RECIPES, Recipe, recipe_names
-from sdprune.runs import results
 
 FAST = ["--max-steps", "8", "--per-device-train-batch-size", "8", "--eval-steps", "8", "--save-steps", "8"]
 FAST += ["--bf16", "false", "--warmup-steps", "0", "--logging-steps", "2", "--max-eval-samples", "16"]
@@ -20,9 +19,8 @@ QUANTIZED = ("pqk", "prune-quantize-distill")
 
 
 @pytest.fixture
-def call(model_folder, csv_file, tmp_path, monkeypatch):
+def call(model_folder, csv_file, tmp_path, in_process):
     """Return a call of `sdprune prune --recipe NAME`; a fresh process for each model would take most of the time."""
-    monkeypatch.setattr(results, "reload_differences", lambda folders, inputs, expected: dict.fromkeys(folders, 0.0))
 
     def run(name, *options):
         one_shot = Recipe.read_values(Recipe.find(name))["schedule"] == "one_shot"
