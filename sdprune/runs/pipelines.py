@@ -15,7 +15,7 @@ from sdprune.recipe import Recipe
 from sdprune.runs.classifier import align_labels, load_classifier
 from sdprune.runs.prune import prune
 from sdprune.runs.prune_then_distill import prune_then_distill
-from sdprune.runs.quantized import pqk, prune_quantize_distill
+from sdprune.runs.quantized import pqk, prune_quantize_distill, run_quantized
 from sdprune.runs.stages import without_pruning, without_teacher
 from sdprune.runs.workbench import Workbench
 from sdprune.training.arguments import training_arguments
@@ -40,7 +40,43 @@ class Outcome:
     int8: nn.Module | None = None
 
 
-Carrier = Callable[[Workbench, Recipe, TrainingArguments, list[TrainerCallback]], list[Outcome]]
+@dataclass(frozen=True)
+class _Job:
+    """What a pipeline is asked to do: a recipe on the model of a workbench, with arguments of `prune`."""
+
+    workbench: Workbench
+    recipe: Recipe
+    args: TrainingArguments
+    callbacks: list[TrainerCallback]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        workbench = self.workbench
+        return {
+            "model": workbench.classifier.model,
+            "config": self.recipe.pruning,
+            "train_dataset": workbench.train,
+            "eval_dataset": workbench.validation,
+            "args": self.args,
+            "processing_class": workbench.classifier.tokenizer,
+            "data_collator": workbench.collator,
+            "compute_metrics": workbench.compute_metrics,
+            "callbacks": self.callbacks,
+        }
+
+    @property
+    def retraining_args(self) -> TrainingArguments:
+        """Of the trainings after the pruning: the learning rate is not restarted any more."""
+        training, stages = self.recipe.training, self.recipe.stages
+        changes: dict[str, Any] = {}
+        if stages.retraining_steps is not None:
+            changes["max_steps"] = stages.retraining_steps
+        if stages.retraining_learning_rate is not None:
+            changes["learning_rate"] = stages.retraining_learning_rate
+        if training.lr_scheduler_type == "cosine_with_restarts":
+            changes |= {"lr_scheduler_type": "cosine", "lr_cycles": 1}
+        folder, seed = Path(str(self.args.output_dir)), self.recipe.pruning.seed
+        return training_arguments(replace(training, **changes), folder, seed=seed)
 
 
 def carry_out(
@@ -61,40 +97,12 @@ def carry_out(
     model: Any = workbench.classifier.model
     model.get_input_embeddings().requires_grad_(not recipe.training.freeze_embeddings)
     args = training_arguments(recipe.training, folder, seed=recipe.pruning.seed, **arguments)
-    return _CARRIERS[recipe.stages.pipeline](workbench, recipe, args, list(callbacks))
+    return PIPELINES[recipe.stages.pipeline](_Job(workbench, recipe, args, list(callbacks)))
 
 
-def _inputs(workbench: Workbench, callbacks: list[TrainerCallback]) -> dict[str, Any]:
-    return {
-        "train_dataset": workbench.train,
-        "eval_dataset": workbench.validation,
-        "processing_class": workbench.classifier.tokenizer,
-        "data_collator": workbench.collator,
-        "compute_metrics": workbench.compute_metrics,
-        "callbacks": callbacks,
-    }
-
-
-def _retraining_args(recipe: Recipe, args: TrainingArguments) -> TrainingArguments:
-    """Return the arguments of the trainings after the pruning: the learning rate is not restarted any more."""
-    training, stages = recipe.training, recipe.stages
-    changes: dict[str, Any] = {}
-    if stages.retraining_steps is not None:
-        changes["max_steps"] = stages.retraining_steps
-    if stages.retraining_learning_rate is not None:
-        changes["learning_rate"] = stages.retraining_learning_rate
-    if training.lr_scheduler_type == "cosine_with_restarts":
-        changes |= {"lr_scheduler_type": "cosine", "lr_cycles": 1}
-    return training_arguments(replace(training, **changes), Path(str(args.output_dir)), seed=recipe.pruning.seed)
-
-
-def _prune(
-    workbench: Workbench, recipe: Recipe, args: TrainingArguments, callbacks: list[TrainerCallback]
-) -> list[Outcome]:
-    teacher = _teacher(workbench, recipe)
-    inputs = _inputs(workbench, callbacks)
-    result = prune(workbench.classifier.model, recipe.pruning, args=args, teacher_model=teacher, **inputs)
-    return [Outcome("", result.model, recipe.pruning, result.output_dir)]
+def _prune(job: _Job) -> list[Outcome]:
+    result = prune(**job.inputs, teacher_model=_teacher(job.workbench, job.recipe))
+    return [Outcome("", result.model, job.recipe.pruning, result.output_dir)]
 
 
 def _teacher(workbench: Workbench, recipe: Recipe) -> nn.Module | None:
@@ -120,18 +128,13 @@ def _teacher(workbench: Workbench, recipe: Recipe) -> nn.Module | None:
     return classifier.model
 
 
-def _prune_then_distill(
-    workbench: Workbench, recipe: Recipe, args: TrainingArguments, callbacks: list[TrainerCallback]
-) -> list[Outcome]:
-    config = recipe.pruning
+def _prune_then_distill(job: _Job) -> list[Outcome]:
+    config, stages = job.recipe.pruning, job.recipe.stages
     result = prune_then_distill(
-        workbench.classifier.model,
-        config,
-        args=args,
-        student_args=_retraining_args(recipe, args),
-        width_multiple=recipe.stages.student_width_multiple,
-        initialization=recipe.stages.student_initialization,
-        **_inputs(workbench, callbacks),
+        **job.inputs,
+        student_args=job.retraining_args,
+        width_multiple=stages.student_width_multiple,
+        initialization=stages.student_initialization,
     )
     pruned, dense = without_teacher(config), without_pruning(config)
     return [
@@ -140,24 +143,15 @@ def _prune_then_distill(
     ]
 
 
-def _quantizing(name: str, pipeline: Callable[..., Any]) -> Carrier:
-    def run(
-        workbench: Workbench, recipe: Recipe, args: TrainingArguments, callbacks: list[TrainerCallback]
-    ) -> list[Outcome]:
-        result = pipeline(
-            workbench.classifier.model,
-            recipe.pruning,
-            args=args,
-            retraining_args=_retraining_args(recipe, args),
-            **_inputs(workbench, callbacks),
-        )
-        folder = list(result.stages.values())[-1].directory
-        return [Outcome(name, result.model, recipe.pruning, folder, result.int8)]
+def _quantizing(name: str, pipeline: Callable[..., Any]) -> Callable[[_Job], list[Outcome]]:
+    def run(job: _Job) -> list[Outcome]:
+        result = run_quantized(pipeline, **job.inputs, retraining_args=job.retraining_args)
+        return [Outcome(name, result.model, job.recipe.pruning, result.directory, result.int8)]
 
     return run
 
 
-_CARRIERS: dict[str, Carrier] = {
+PIPELINES: dict[str, Callable[[_Job], list[Outcome]]] = {
     "prune": _prune,
     "prune_then_distill": _prune_then_distill,
     "pqk": _quantizing("PQK", pqk),

@@ -116,27 +116,21 @@ def prune_then_distill(
     directory = Path(str(args.output_dir))
     settings = {**config.to_dict(), "width_multiple": width_multiple, "initialization": initialization}
     stages = Stages(directory, settings, resume=bool(args.resume_from_checkpoint))
-    options: dict[str, Any] = {
+    inputs: dict[str, Any] = {
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
         "processing_class": processing_class,
         "data_collator": data_collator,
         "compute_metrics": compute_metrics,
-        "callbacks": list(callbacks or ()),
+        "callbacks": callbacks,
     }
-    taught = stages.run("teacher", model, without_teacher(config), train_dataset, eval_dataset, args=args, **options)
+    taught = stages.run("teacher", model, without_teacher(config), args=args, **inputs)
     teacher: Any = taught.model
     set_seed(config.seed)  # the student's first weights, the same after an interruption
     shape = student_config(teacher, parts, width_multiple=width_multiple)
     student = make_student(teacher, parts, shape, initialization=initialization)
-    learned = stages.run(
-        "student",
-        student,
-        without_pruning(config),
-        train_dataset,
-        eval_dataset,
-        args=student_args or _without_restarts(args),
-        teacher_model=teacher,
-        **options,
-    )
+    own_args = student_args or _without_restarts(args)
+    learned = stages.run("student", student, without_pruning(config), args=own_args, teacher_model=teacher, **inputs)
     sparsity = measure_sparsity(teacher, names)
     return PruneThenDistillResult(learned.model, teacher, learned.metrics, taught.metrics, sparsity, directory)
 

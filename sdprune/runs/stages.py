@@ -77,12 +77,10 @@ class Stages:
         name: str,
         model: Any,
         config: SDPruneConfig,
-        train_dataset: Any,
-        eval_dataset: Any,
         *,
         args: TrainingArguments,
         callbacks: Iterable[TrainerCallback] | None = None,
-        **options: Any,
+        **inputs: Any,
     ) -> StageResult:
         """Carry out one stage with `prune`, or load what it left.
 
@@ -90,11 +88,9 @@ class Stages:
             name: folder of the stage.
             model: a transformers model; trained in place.
             config: what is pruned and distilled.
-            train_dataset: as of `prune`.
-            eval_dataset: as of `prune`.
             args: as of `prune`; the folder is replaced.
             callbacks: as of `prune`.
-            **options: as of `prune`.
+            **inputs: the other arguments of `prune`.
         """
         folder = self.directory / name
         if (folder / MARKER).exists():
@@ -105,12 +101,10 @@ class Stages:
         own.output_dir = str(folder)
         own.resume_from_checkpoint = "latest" if is_begun(folder) else None
         begun = WriteAtStart(self.directory / STAGES_NAME, json.dumps(self.settings, indent=2) + "\n")
-        result = prune(
-            model, config, train_dataset, eval_dataset, args=own, callbacks=[*(callbacks or ()), begun], **options
-        )
+        result = prune(model, config, args=own, callbacks=[*(callbacks or ()), begun], **inputs)
         if args.should_save:
             shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was killed before its marker
-            export(result.model, folder / "model", config=config, processing_class=options.get("processing_class"))
+            export(result.model, folder / "model", config=config, processing_class=inputs.get("processing_class"))
             write_text(folder / MARKER, json.dumps(result.metrics, indent=2) + "\n")
         wait_for_everyone()
         return StageResult(result.model, result.metrics, folder)
