@@ -29,7 +29,8 @@ for index, folder in enumerate(sys.argv[4:]):
     model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits[str(index)] = model(**inputs).logits.clone()
-assert not any(name.split(".")[0] in ("sdprune", "sdp_kernels") for name in sys.modules)
+if any(name.split(".")[0] in ("sdprune", "sdp_kernels") for name in sys.modules):
+    raise SystemExit("this package was imported")
 save_file(logits, sys.argv[2])
 """
 
