@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from sdprune.commands import benchmark, demo, evaluate, export, inspect, prune
 from sdprune.recipe import RECIPE_NAME
 
+COMMANDS = (demo, prune, evaluate, export, inspect, benchmark)  # modules with HELP, add(parser) and run(options)
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -26,19 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options))
     except KeyboardInterrupt as error:
         checkpoint = getattr(error, "checkpoint", None)
-        # of a run, or of one of its stages
-        run = (
-            next((path for path in checkpoint.parents[:2] if (path / RECIPE_NAME).exists()), None)
-            if checkpoint
-            else None
-        )
-        if run is not None:
-            _complain(f"{error}\nGo on with: sdprune prune --resume {run}")
-        else:
-            _complain("interrupted")
+        folders = checkpoint.parents[:2] if checkpoint else ()  # of a run, or of one of its stages
+        run = next((path for path in folders if (path / RECIPE_NAME).exists()), None)
+        _complain(f"{error}\nGo on with: sdprune prune --resume {run}" if run else "interrupted")
         return INTERRUPTED
     except (ValueError, TypeError) as error:
-        _complain(f"error: {_one_line(error)}")
+        _complain(f"error: {_one_line(error)}{_advice(error)}")
         return WRONG_INPUT
     except (OSError, RuntimeError, ArithmeticError, ImportError, SafetensorError) as error:
         _complain(f"error: {_one_line(error)}{_advice(error)}")
@@ -57,6 +51,8 @@ def _advice(error: BaseException) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or re.search(r"no space left|os error 28|file too large|PytorchStreamWriter", str(error), re.IGNORECASE):
         return ". Free some space; a run goes on from its last whole checkpoint with: sdprune prune --resume OUTPUT"
+    if sys.flags.optimize > 1 and "docstring" in str(error):
+        return " transformers reads docstrings, which python -OO drops; use python -O."
     return ""
 
 
@@ -75,8 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, prune, evaluate, export, inspect, benchmark):
-        command.add(commands)
+    for module in COMMANDS:
+        name, text = module.__name__.rpartition(".")[2], module.HELP
+        command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        command.set_defaults(command=module.run)
+        module.add(command)
     return parser
 
 
