@@ -43,9 +43,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry out or resume a run and print its table."""
     from sdprune.pipelines.run import run as run_recipe
 
-    given = given_fields(options, *PARTS.values())
-    if options.model is not None:
-        given["model"] = options.model
+    given = given_fields(options, *PARTS.values()) | ({"model": options.model} if options.model is not None else {})
     if options.resume is not None:
         if options.recipe or options.output or given:
             raise ValueError("--resume goes alone: the recipe of the run is in its folder")

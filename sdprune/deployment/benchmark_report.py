@@ -59,9 +59,8 @@ def outcome(row: Row) -> str:
 def write_report(directory: Path, rows: Sequence[Row], title: str) -> Path:
     """Write `speedup.png` and `report.html`, one page that needs no other file; return its path."""
     png = save_png(draw(rows), directory / "speedup.png")
-    shown = picture(png, "Speed-up of the sparse model", _CAPTION)
-    where = f"<p>{escape(_where(rows[0]))}</p>\n"
-    return write_page(directory / "report.html", title, where, shown, html_table(_table(rows)))
+    parts = [f"<p>{escape(_where(rows[0]))}</p>\n", picture(png, "Speed-up of the sparse model", _CAPTION)]
+    return write_page(directory / "report.html", title, *parts, html_table(_table(rows)))
 
 
 def break_even(points: Sequence[tuple[float, float]]) -> list[float]:
@@ -99,8 +98,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     else:
         axes.set_xticks(range(len(sizes)), [f"{batch} x {sequence}" for batch, sequence in sizes])
         axes.set_xlabel(f"batch x sequence   ({sparsities[0]:.1%} zeros in the linear layers)")
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("times as fast as the dense model")
+    axes.set(ylim=(0, None), ylabel="times as fast as the dense model")
     if series:
         figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
     return figure
