@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sdprune.commands import benchmark, demo, evaluate, export, inspect, prune
 
+COMMANDS = (demo, prune, evaluate, export, inspect, benchmark)  # modules with HELP, add(parser) and run(options)
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain("interrupted" if run is None else f"{error}\nGo on with: sdprune prune --resume {run}")
         return INTERRUPTED
     except (ValueError, TypeError) as error:
-        _complain(f"error: {_one_line(error)}")
+        _complain(f"error: {_one_line(error)}{_advice(error)}")
         return WRONG_INPUT
     except (OSError, RuntimeError, ArithmeticError, ImportError, SafetensorError) as error:
         _complain(f"error: {_one_line(error)}{_advice(error)}")
@@ -56,6 +57,8 @@ def _advice(error: BaseException) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or re.search(r"no space left|os error 28|file too large|PytorchStreamWriter", str(error), re.IGNORECASE):
         return ". Free some space; a run goes on from its last whole checkpoint with: sdprune prune --resume OUTPUT"
+    if sys.flags.optimize > 1 and "docstring" in str(error):
+        return " transformers reads docstrings, which python -OO drops; use python -O."
     return ""
 
 
@@ -74,8 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, prune, evaluate, export, inspect, benchmark):
-        command.add(commands)
+    for module in COMMANDS:
+        name, text = module.__name__.rpartition(".")[2], module.HELP
+        command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        command.set_defaults(command=module.run)
+        module.add(command)
     return parser
 
 

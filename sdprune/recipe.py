@@ -121,15 +121,8 @@ class TrainingConfig(CheckedConfig):
         for name in ("learning_rate", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
                 raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "lr_cycles",
-            "logging_steps",
-            "eval_steps",
-            "save_steps",
-        ):
+        rows = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*rows, "lr_cycles", "logging_steps", "eval_steps", "save_steps"):
             self._check_at_least(name, 1)
 
 
@@ -171,6 +164,14 @@ class StagesConfig(CheckedConfig):
             raise ValueError(f"retraining_learning_rate must be a finite number > 0, got {rate!r}")
 
 
+PARTS: dict[str, type[Any]] = {  # field of a recipe -> what it holds
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "pruning": SDPruneConfig,
+    "stages": StagesConfig,
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A whole run: a model, its data, its training and its pruning. Files and options hold it flat.
@@ -192,30 +193,21 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from flat keys; raises ValueError for a key that belongs to no part, naming the nearest one."""
-        parts: dict[str, type[Any]] = {
-            "data": DataConfig,
-            "training": TrainingConfig,
-            "pruning": SDPruneConfig,
-            "stages": StagesConfig,
-        }
-        owner = {name: part for part, kind in parts.items() for name in kind.field_names()}
-        grouped: dict[str, dict[str, Any]] = {part: {} for part in parts}
-        for key, value in values.items():
-            if key in owner:
-                grouped[owner[key]][key] = value
-            elif key != "model":
-                raise ValueError(unknown_key_message(key, [*owner, "model"]))
+        names = ["model", *(name for kind in PARTS.values() for name in kind.field_names())]
+        for key in values:
+            if key not in names:
+                raise ValueError(unknown_key_message(key, names))
         if not isinstance(values.get("model"), str):
             raise ValueError(f"model must be a folder or a hub id, got {values.get('model')!r}")
-        return cls(values["model"], *(parts[part].from_dict(grouped[part]) for part in parts))
+        parts = (kind(**{key: values[key] for key in kind.field_names() if key in values}) for kind in PARTS.values())
+        return cls(values["model"], *parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the flat keys."""
-        parts = (self.data, self.training, self.pruning, self.stages)
-        return {
-            "model": self.model,
-            **{key: value for part in parts for key, value in part.to_dict().items()},
-        }
+        values: dict[str, Any] = {"model": self.model}
+        for part in PARTS:
+            values |= getattr(self, part).to_dict()
+        return values
 
     @classmethod
     def read_values(cls, path: str | Path) -> dict[str, Any]:

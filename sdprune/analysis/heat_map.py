@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdprune.text import save_png
+
 COLUMNS = 6
 Grid = Sequence[Sequence[float]]
 
@@ -26,26 +28,22 @@ def draw_heat_map(grids: Mapping[str, Grid], path: str | Path, *, title: str = "
     """
     if not grids:
         raise ValueError("grids is empty: there is no layer to draw")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, len(grids))
     rows = math.ceil(len(grids) / columns)
     figure = Figure(figsize=(2.3 * columns + 0.8, 2.2 * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:
         panel.set_axis_off()
-    image = None
     for panel, (name, grid) in zip(panels.flat, grids.items(), strict=False):
         image = panel.imshow(grid, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", interpolation="nearest")
         panel.set_title(_short(name), fontsize=6)
     assert image is not None
     figure.colorbar(image, ax=panels, label="density", shrink=min(1.0, 2.0 / rows))
     figure.suptitle(title, fontsize=9)
-    path = Path(path)
-    figure.savefig(path, format="png", dpi=110)
-    return path
+    save_png(figure, Path(path), dpi=110)
+    return Path(path)
 
 
 def _short(name: str, longest: int = 34) -> str:

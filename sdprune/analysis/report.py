@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 import re
@@ -14,16 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sdprune.files import write_text
+from sdprune.text import ABSENT, GREY, PALETTE, html_table, new_figure, picture, save_png, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; without their yellow, too pale on white
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", "-.", ":")
-_GREY, _ABSENT = "#666666", "—"
 
 _COLUMNS = {  # key in the metrics -> heading, format, factor
     "sparsity": ("zeros, % of the linear layers", "{:.1f}", 100),
@@ -43,37 +39,19 @@ line is a pruning step; the shaded stairs (right axis) are the zeros in the prun
 closes again is damage that the training repaired.""",
     "density_per_layer": """Share of its weights that each layer kept, from the first layer (top) to the last. A
 longer bar is a layer that was spared; equal bars mean that every layer was pruned alike.""",
+    "diagnostics_over_steps": """Two measures of the representation on a held-out part. Class separability is the
+scatter between the classes over that within them: higher is easier to tell apart. Signal-to-noise compares the pruned
+model's representation with its teacher's: each 10 dB less is ten times the squared difference. Thin vertical lines are
+the pruning steps of the first run.""",
 }
 
 _DIAGNOSTICS = {  # key in the log -> axis
     "separability": "class separability",
     "signal_to_noise": "signal-to-noise, dB",
 }
-_DIAGNOSTICS_CAPTION = """Two measures of the representation on a held-out part. Class separability is the scatter
-between the classes over that within them: higher is easier to tell apart. Signal-to-noise compares the pruned model's
-representation with its teacher's: each 10 dB less is ten times the squared difference. Thin vertical lines are the
-pruning steps of the first run."""
-
-_PAGE = """<!DOCTYPE html><html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ margin: auto; max-width: 60rem; padding: 1rem; color: #1a1a1a; background: #fff; font: 1rem/1.5 sans-serif; }}
-h1 {{ font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }}
-div, figure {{ margin: 2rem 0 .5rem; overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .9rem; line-height: 1.3; }}
-th, td {{ padding: .4rem .5rem; text-align: right; vertical-align: bottom; border-bottom: 1px solid #ddd; }}
-th:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
-tbody th, td {{ font-weight: normal; white-space: nowrap; }}
-img {{ width: 100%; min-width: 36rem; }}
-figcaption, .small {{ font-size: .9rem; color: #444; }}
-</style>
-<h1>{title}</h1><p>{summary}</p>
-<div>{table}</div>
-<p class="small">Speed-up is the time of the dense model over that of the pruned one on the machine of this run.
-Zeros alone do not make a dense product faster; only kernels that skip them do.</p>
-{figures}{notes}"""
+_SPEED_NOTE = """<p class="small">Speed-up is the time of the dense model over that of the pruned one on the machine
+of this run. Zeros alone do not make a dense product faster; only kernels that skip them do.</p>
+"""
 
 
 @dataclass(frozen=True)
@@ -101,27 +79,21 @@ def write_report(
     scores = list(metrics.get("dense") or ["accuracy"])
     models = _models(metrics, scores)
     names = dict.fromkeys([*models.label[models.pruned], *(run.name for run in runs)])
-    colors = {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
-    figures = [
-        _score_against_sparsity(models, scores[0], colors),
-        _score_over_steps(runs, scores[0], colors),
-        _density_per_layer(runs, colors),
-    ]
-    captions = dict(_CAPTIONS)
-    if measured := _diagnostics_over_steps(runs, colors):
-        figures.append(measured)
-        captions["diagnostics_over_steps"] = _DIAGNOSTICS_CAPTION
-    directory.mkdir(parents=True, exist_ok=True)
-    sections = ""
-    for (name, caption), figure in zip(captions.items(), figures, strict=True):
-        data = base64.b64encode(_save_png(figure, directory / f"{name}.png")).decode("ascii")
-        image = f'<img alt="Figure: {name.replace("_", " ")}" src="data:image/png;base64,{data}">'
-        sections += f"<figure>{image}\n<figcaption>{caption}</figcaption></figure>\n"
-    items = "".join(f"<li>{escape(note)}</li>\n" for note in notes)
-    page = {"title": escape(title), "summary": escape(_summary(models, scores[0])), "table": _table(models, scores)}
-    page |= {"figures": sections, "notes": f"<h2>Notes</h2>\n<ul>\n{items}</ul>\n" if items else ""}
-    write_text(directory / "report.html", _PAGE.format(**page))
-    return directory / "report.html"
+    colors = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
+    figures = {
+        "score_against_sparsity": _score_against_sparsity(models, scores[0], colors),
+        "score_over_steps": _score_over_steps(runs, scores[0], colors),
+        "density_per_layer": _density_per_layer(runs, colors),
+        "diagnostics_over_steps": _diagnostics_over_steps(runs, colors),
+    }
+    parts = [f"<p>{escape(_summary(models, scores[0]))}</p>\n", html_table(_table(models, scores)), _SPEED_NOTE]
+    for name, figure in figures.items():
+        if figure is not None:
+            png = save_png(figure, directory / f"{name}.png")
+            parts.append(picture(png, f"Figure: {name.replace('_', ' ')}", _CAPTIONS[name]))
+    if notes:
+        parts.append("<h2>Notes</h2>\n<ul>\n" + "".join(f"<li>{escape(note)}</li>\n" for note in notes) + "</ul>\n")
+    return write_page(directory / "report.html", title, *parts)
 
 
 def _models(metrics: Mapping[str, Any], scores: Sequence[str]) -> pd.DataFrame:
@@ -141,7 +113,7 @@ def _models(metrics: Mapping[str, Any], scores: Sequence[str]) -> pd.DataFrame:
     models[numbers] = models[numbers].apply(pd.to_numeric, errors="coerce").replace([math.inf, -math.inf], math.nan)
     models["sparsity"] = models.sparsity.fillna(models.target_sparsity)
     models["target_sparsity"] = models.target_sparsity.fillna(models.sparsity)
-    models["structure"] = models.structure.astype(object).fillna(_ABSENT).astype(str)
+    models["structure"] = models.structure.astype(object).fillna(ABSENT).astype(str)
     several = models.groupby("label").structure.transform("nunique") > 1
     models.loc[several, "label"] += ", " + models.structure[several]
     return models
@@ -152,22 +124,10 @@ def _text(name: str) -> str:
     return name.replace("$", r"\$").lstrip("_")
 
 
-def _panels(height: float, count: int = 1, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels below each other, with no more frame than carries numbers."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.0, height), layout="constrained", facecolor="white")
-    panels = list(figure.subplots(count, 1, sharex=True, sharey=sharey, squeeze=False)[:, 0])
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=9)
-    return figure, panels
-
-
 def _message(text: str) -> Figure:
     """Return the figure that stands where there is nothing to draw."""
-    figure, (axes,) = _panels(1.2)
-    axes.text(0.5, 0.5, text, ha="center", va="center", color=_GREY)
+    figure, (axes,) = new_figure(1.2)
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY)
     axes.set_axis_off()
     return figure
 
@@ -177,7 +137,7 @@ def _score_against_sparsity(models: pd.DataFrame, score: str, colors: Mapping[st
     pruned = models[models.pruned].dropna(subset=["sparsity", score])
     if pruned.empty:
         return _message("no pruned model was scored")
-    figure, (axes,) = _panels(4.6)
+    figure, (axes,) = new_figure(4.6)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     for (label, group), marker in zip(pruned.groupby("label", sort=False), _MARKERS * 9, strict=False):
         x, y, error = (100 * group.sort_values("sparsity")[["sparsity", score, "standard_error"]].to_numpy()).T
@@ -195,9 +155,9 @@ def _draw_references(axes: Axes, references: pd.Series[float]) -> None:
     for (label, value), dashes in zip(references.items(), _DASHES, strict=False):
         low, high = axes.get_ylim()
         if str(label).startswith("dense") or value > low - (high - low):
-            axes.axhline(value, color=_GREY, linestyle=dashes, linewidth=1.2, zorder=1)
+            axes.axhline(value, color=GREY, linestyle=dashes, linewidth=1.2, zorder=1)
     low, high = axes.get_ylim()
-    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "color": _GREY, "fontsize": 9}
+    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "color": GREY, "fontsize": 9}
     position = -math.inf
     for label, value in references.sort_values().items():
         position = max(value, low, position + (high - low) * 0.05)  # labels above each other, not on each other
@@ -206,10 +166,10 @@ def _draw_references(axes: Axes, references: pd.Series[float]) -> None:
 
 def _score_over_steps(runs: Sequence[RunRecord], score: str, colors: Mapping[str, str]) -> Figure:
     """Draw a panel a run: its validation scores, its pruning steps, its sparsity, the other runs in grey."""
-    shown = [(run, values) for run in runs if len(values := _percent_by_step(run, f"eval_{score}"))]
+    shown = [(run, values) for run in runs if len(values := 100 * _by_step(run, f"eval_{score}"))]
     if not shown:
         return _message("no validation scores were recorded")
-    figure, panels = _panels(0.9 + 1.8 * len(shown), len(shown))
+    figure, panels = new_figure(0.9 + 1.8 * len(shown), len(shown))
     for axes, (run, values) in zip(panels, shown, strict=True):
         _shade_sparsity(axes, run)
         axes.vlines(run.moments, 0, 1, transform=axes.get_xaxis_transform(), color="#999999", linewidth=0.6)
@@ -232,7 +192,7 @@ def _diagnostics_over_steps(runs: Sequence[RunRecord], colors: Mapping[str, str]
     }
     if not found:
         return None
-    figure, panels = _panels(0.9 + 2.2 * len(found), len(found), sharey=False)
+    figure, panels = new_figure(0.9 + 2.2 * len(found), len(found), sharey=False)
     for axes, (key, lines) in zip(panels, found.items(), strict=True):
         axes.vlines(lines[0][0].moments, 0, 1, transform=axes.get_xaxis_transform(), color="#999999", linewidth=0.6)
         for (run, values), marker in zip(lines, _MARKERS * 9, strict=False):
@@ -251,13 +211,9 @@ def _by_step(run: RunRecord, key: str) -> pd.Series[float]:
     return values.sort_index()
 
 
-def _percent_by_step(run: RunRecord, key: str) -> pd.Series[float]:
-    return 100 * _by_step(run, key)
-
-
 def _shade_sparsity(axes: Axes, run: RunRecord) -> None:
     """Shade the sparsity behind the scores: it rises at a pruning step, to what the next row of the log says."""
-    levels = _percent_by_step(run, "sparsity")
+    levels = 100 * _by_step(run, "sparsity")
     if levels.empty or not run.moments:
         return
     stairs = levels.reindex([moment + 1 for moment in run.moments], method="bfill").fillna(levels.iloc[-1])
@@ -265,8 +221,8 @@ def _shade_sparsity(axes: Axes, run: RunRecord) -> None:
     x, y = [0, *run.moments, levels.index[-1]], [0, *stairs, levels.iloc[-1]]
     right.fill_between(x, y, step="post", color="#ececec", linewidth=0)
     right.set_ylim(0, 100)
-    right.set_ylabel("zeros, %", fontsize=9, color=_GREY)
-    right.tick_params(labelsize=9, labelcolor=_GREY, length=0)
+    right.set_ylabel("zeros, %", fontsize=9, color=GREY)
+    right.tick_params(labelsize=9, labelcolor=GREY, length=0)
     right.spines[:].set_visible(False)
     axes.set_zorder(right.get_zorder() + 1)
     axes.patch.set_visible(False)
@@ -278,7 +234,7 @@ def _density_per_layer(runs: Sequence[RunRecord], colors: Mapping[str, str]) -> 
     layers = list(dict.fromkeys(layer for run in runs for layer in run.densities))
     if not layers:
         return _message("no run recorded its layers")
-    figure, (axes,) = _panels(1.3 + max(0.17, 0.07 + 0.05 * len(runs)) * len(layers))
+    figure, (axes,) = new_figure(1.3 + max(0.17, 0.07 + 0.05 * len(runs)) * len(layers))
     thickness = 0.8 / len(runs)
     for index, run in enumerate(runs):
         kept = 100 * pd.to_numeric(pd.Series(run.densities).reindex(layers)).fillna(0.0)
@@ -296,25 +252,14 @@ def _density_per_layer(runs: Sequence[RunRecord], colors: Mapping[str, str]) -> 
     return figure
 
 
-def _save_png(figure: Figure, path: Path) -> bytes:
-    """Write `figure` to `path`, where a reader sees the old file or the new one, never a part; return its bytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path.read_bytes()
-
-
 def _percent(value: float) -> str:
-    return _ABSENT if pd.isna(value) else f"{100 * value:.1f} %"
+    return ABSENT if pd.isna(value) else f"{100 * value:.1f} %"
 
 
 def _summary(models: pd.DataFrame, score: str) -> str:
     """Say in one sentence what the highest sparsity costs."""
     references = models[~models.pruned].set_index("label")[score].map(_percent)
-    dense = f"the dense model reaches {references.get('dense', _ABSENT)}"
+    dense = f"the dense model reaches {references.get('dense', ABSENT)}"
     if "dense, same steps" in references:
         dense += f" ({references['dense, same steps']} after as many further steps)"
     pruned = models[models.pruned].dropna(subset=["sparsity", score])
@@ -328,12 +273,12 @@ def _summary(models: pd.DataFrame, score: str) -> str:
     )
 
 
-def _table(models: pd.DataFrame, scores: Sequence[str]) -> str:
-    """Return the models as an HTML table; a column without any value is left out."""
-    columns = {score: (f"{score.replace('_', ' ')}, %", "{:.1f}", 100) for score in scores} | _COLUMNS
-    shown = models.set_index("label")[["structure"]].rename_axis(index=None, columns="model")
-    for key, (heading, form, factor) in columns.items():
+def _table(models: pd.DataFrame, scores: Sequence[str]) -> list[list[str]]:
+    """Return the models as rows of cells below a head; a column without any value is left out."""
+    columns = [["model", *models.label], ["structure", *models.structure]]
+    numbers = {score: (f"{score.replace('_', ' ')}, %", "{:.1f}", 100) for score in scores} | _COLUMNS
+    for key, (heading, form, factor) in numbers.items():
         if models[key].notna().any():
-            shown[heading] = [_ABSENT if pd.isna(cell) else form.format(factor * cell) for cell in models[key]]
-    with pd.option_context("display.max_colwidth", None):  # or long names are cut
-        return shown.to_html(border=0, justify="unset")
+            cells = (ABSENT if pd.isna(cell) else form.format(factor * cell) for cell in models[key])
+            columns.append([heading, *cells])
+    return [list(row) for row in zip(*columns, strict=True)]

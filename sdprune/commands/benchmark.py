@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+from sdprune.commands.options import parse_pair
 
-def add(commands: Any) -> None:
-    text = "time a model with zeros, dense and sparse, eager and compiled, and show where it breaks even"
-    parser = commands.add_parser("benchmark", help=text, description=text.capitalize() + ".")
+HELP = "time a model with zeros, dense and sparse, eager and compiled, and show where it breaks even"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sdprune benchmark`."""
     parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="folder of an encoder or sequence classifier")
     parser.add_argument("--config", help="instead of MODEL_DIR, random weights: bert-base, bert-large or a config.json")
     parser.add_argument("--batch", default="1,8,32", help="batch sizes (default: %(default)s)")
@@ -26,10 +28,10 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmark"), help="a new folder (default: %(default)s)"
     )
-    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    """Time the model, write its rows and its report, and print the table; 1 if a point has no time."""
     import torch
 
     from sdprune.speed.benchmark import ROWS_NAME, BenchmarkConfig, benchmark, load_model, threads
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=_listed("--dtype", options.dtype, str),
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         sparsity=_listed("--sparsity", options.sparsity, float),
-        block_shape=_block_shape(options.block_shape),
+        block_shape=options.block_shape and (parse_pair(options.block_shape) or options.block_shape),
         compile=not options.no_compile,
         repeats=options.repeats,
     )
@@ -67,12 +69,3 @@ def _listed(option: str, text: str, kind: type) -> tuple[Any, ...]:
     except ValueError:
         example = {int: "whole numbers such as 1,8,32", float: "numbers such as 0.5,0.9"}[kind]
         raise ValueError(f"{option} must be {example}, got {text!r}") from None
-
-
-def _block_shape(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    sides = re.fullmatch(r"(\d+)[x,](\d+)", text)
-    if sides is None:
-        raise ValueError(f"--block-shape must be two whole numbers of at least 1, such as 32x32, got {text!r}")
-    return int(sides[1]), int(sides[2])

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from sdprune.commands.table import print_table
 
+HELP = "prune a small real model on real text, with and without its teacher, and compare"
 
-def add(commands: Any) -> None:
-    text = "prune a small real model on real text, with and without its teacher, and compare"
-    parser = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sdprune demo`."""
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="a new folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of about two minutes")
-    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the demo and print its table."""
     from sdprune.runs.demo import demo
 
     metrics = demo(options.output, quick=options.quick)

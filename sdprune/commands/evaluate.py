@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from sdprune.commands.options import ABSENT, add_fields
+from sdprune.commands.options import add_fields, given_fields
 from sdprune.config import SDPruneConfig
 from sdprune.recipe import DataConfig
 
+HELP = "score a model on the test rows of a data set"
 
-def add(commands: Any) -> None:
-    text = "score a model on the test rows of a data set"
-    parser = commands.add_parser("evaluate", help=text, description=text.capitalize() + ".")
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sdprune evaluate`."""
     parser.add_argument("model", help="folder or hub id")
     add_fields(parser, DataConfig)
-    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print the scores of a model on the test rows, and its sparsity."""
     from sdprune.masking.pruner import measure_sparsity
     from sdprune.masking.select import select_linears
     from sdprune.runs.workbench import load_workbench
 
-    names = DataConfig.field_names()
-    data = DataConfig(**{name: value for name, value in vars(options).items() if name in names and value is not ABSENT})
-    workbench = load_workbench(options.model, data)
+    workbench = load_workbench(options.model, DataConfig(**given_fields(options, DataConfig)))
     model = workbench.classifier.model
     if not workbench.classifier.trained_head:
         raise ValueError(f"model {options.model!r} has no trained classification head to evaluate")

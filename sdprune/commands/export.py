@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+HELP = "write the model of a run, checkpoint or folder as files that plain transformers or other runtimes load"
 
 
-def add(commands: Any) -> None:
-    text = "write the model of a run, checkpoint or folder as files that plain transformers or other runtimes load"
-    parser = commands.add_parser("export", help=text, description=text.capitalize() + ".")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sdprune export`."""
     parser.add_argument(
         "source", type=Path, help="a run's folder (its model, or its newest whole checkpoint), a checkpoint or a model"
     )
@@ -21,10 +21,10 @@ def add(commands: Any) -> None:
         "compact: portable, and a small file beside it; onnx: model.onnx in float32, checked in onnxruntime "
         "(default: portable if a layer becomes sparse, otherwise plain)",
     )
-    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    """Write the model and print its folder."""
     from sdprune.runs.export_folder import export_folder
 
     print(export_folder(options.source, options.output, options.format))

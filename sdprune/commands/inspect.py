@@ -7,18 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sdprune.text import aligned
 
-def add(commands: Any) -> None:
-    text = "show the zeros of a model folder, layer by layer"
-    parser = commands.add_parser("inspect", help=text, description=text.capitalize() + ".")
+HELP = "show the zeros of a model folder, layer by layer"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sdprune inspect`."""
     parser.add_argument("directory", type=Path, help="a model folder with safetensors, pruned by whomever")
     parser.add_argument("--variant", help='"compact": the small form of the weights that export wrote')
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--heat-map", type=Path, metavar="PNG", help="draw the density of blocks of every layer")
-    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print the zeros as a table or as JSON, and draw them if asked."""
     from sdprune.exports.inspect import inspect_folder
 
     found = inspect_folder(options.directory, options.variant)
@@ -36,31 +39,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print_table(found: Any) -> None:
-    head = ("layer", "out x in", "structure", "density", "bytes", "dead rows", "dead columns", "dead heads")
-    rows = [
-        (
-            layer.name,
-            f"{layer.shape[0]} x {layer.shape[1]}",
-            layer.structure,
-            f"{layer.density:.1%}",
-            f"{layer.bytes:,}",
-            str(layer.dead_rows),
-            str(layer.dead_columns),
-            "" if layer.heads is None else f"{layer.dead_heads} of {layer.heads}",
-        )
-        for layer in found.layers
-    ]
+    rows = [("layer", "out x in", "structure", "density", "bytes", "dead rows", "dead columns", "dead heads")]
+    for layer in found.layers:
+        size = (f"{layer.shape[0]} x {layer.shape[1]}", layer.structure, f"{layer.density:.1%}", f"{layer.bytes:,}")
+        heads = "" if layer.heads is None else f"{layer.dead_heads} of {layer.heads}"
+        rows.append((layer.name, *size, str(layer.dead_rows), str(layer.dead_columns), heads))
     total = found.to_dict()["total"]
     dead = (str(total["dead_rows"]), str(total["dead_columns"]), str(total["dead_heads"]))
     rows.append(("total", f"{total['weights']:,}", "", f"{total['density']:.1%}", f"{total['bytes']:,}", *dead))
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print(
-            "  ".join(
-                cell.ljust(width) if index == 0 else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+    print(aligned(rows))
     print(f"\nAll other tensors take {found.other_bytes:,} bytes.")
     if found.architecture is None:
         print("The architecture is not part of transformers: every matrix is listed, and heads are not known.")

@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import dataclasses
 import inspect
 import re
 import typing
 from typing import Any
 
-from sdprune.config import SDPruneConfig
-from sdprune.recipe import DataConfig, StagesConfig, TrainingConfig
-
-ABSENT: Any = object()
-
-
-PARTS: dict[str, type[Any]] = {
-    "data": DataConfig,
-    "training": TrainingConfig,
-    "pruning": SDPruneConfig,
-    "pipeline": StagesConfig,
-}
-
-
-def option_names() -> tuple[str, ...]:
-    return tuple(name for kind in PARTS.values() for name in kind.field_names())
-
 
 def add_fields(parser: Any, kind: Any) -> None:
-    """Add an option for every field; its help is the field's line in the docstring."""
-    texts = _field_texts(kind)
-    hints = typing.get_type_hints(kind)
+    """Add an option for every field, absent by default; its help is the field's line in the docstring."""
+    texts, hints = _field_texts(kind), typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",
             type=lambda text, hint=hints[item.name]: _parsed(text, hint),
-            default=ABSENT,
+            default=argparse.SUPPRESS,
             metavar="VALUE",
             help=f"{texts[item.name]} (default: {item.default})".replace("%", "%%"),
         )
 
 
+def given_fields(options: argparse.Namespace, *kinds: Any) -> dict[str, Any]:
+    """Return those options that are fields of `kinds`: the ones that the command line names."""
+    names = {name for kind in kinds for name in kind.field_names()}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def parse_pair(text: str) -> tuple[int, int] | None:
+    """Read "32x32" or "32,32"; None if `text` is neither."""
+    sides = re.fullmatch(r"(\d+)[x,](\d+)", text)
+    return (int(sides[1]), int(sides[2])) if sides else None
+
+
 def _field_texts(kind: type) -> dict[str, str]:
-    section = (inspect.getdoc(kind) or "").split("Args:\n")[1].split("\n\n")[0]
-    entries = re.split(r"\n(?=    \w+:)", section)
-    pairs = (entry.strip().split(":", 1) for entry in entries)
-    return {name: " ".join(text.split()).rstrip(".") for name, text in pairs}
+    """Return the entries of the docstring's sections, from the source where python -OO dropped the docstring."""
+    text = inspect.getdoc(kind) or ""
+    if "Args:\n" not in text:
+        (node,) = ast.parse(inspect.getsource(kind)).body
+        text = ast.get_docstring(node) or ""  # type: ignore[arg-type]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", text, re.MULTILINE)
+    return {name: " ".join(entry.split()).rstrip(".") for name, entry in entries}
 
 
 def _parsed(text: str, hint: Any) -> Any:
@@ -54,11 +53,11 @@ def _parsed(text: str, hint: Any) -> Any:
     kinds = typing.get_args(hint) or (hint,)
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
-    if pair := re.fullmatch(r"(\d+)[x,](\d+)", text):
-        return int(pair[1]), int(pair[2])
+    if pair := parse_pair(text):
+        return pair
     if str in kinds and not text.startswith(("[", "{")):
         return text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"{text!r} is not a value") from None
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}") from None

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from sdprune.text import aligned
 
-def print_table(metrics: dict[str, Any]) -> None:
-    names = list(metrics["dense"])
+
+def print_table(metrics: Mapping[str, Any]) -> None:
+    """Print the scores of every model on the test rows, those without pruning first, and what pruning brought."""
     dense = "dense" if metrics.get("trained_head", True) else "dense, untrained head"
     references = {**metrics["baselines"], dense: metrics["dense"]}
     if "dense_same_steps" in metrics:
         references["dense, same steps"] = metrics["dense_same_steps"]
-    width = max(22, *(len(label) + 2 for label in (*references, *(row["method"] for row in metrics["runs"]))))
-    print(
-        f"\n{'':<{width}}{'sparsity':>10}"
-        + "".join(f"{name:>12}" for name in names)
-        + f"{'reload diff':>13}{'speed-up':>10}"
-    )
-    for label, scores in references.items():
-        print(f"{label:<{width}}{'':>10}" + "".join(f"{scores[name]:>12.1%}" for name in names))
-    for row in metrics["runs"]:
-        print(
-            f"{row['method']:<{width}}{row['sparsity']:>10.1%}"
-            + "".join(f"{row[name]:>12.1%}" for name in names)
-            + f"{row['reload_max_difference']:>13.1g}{row['speedup']:>9.2f}x"
-        )
-        if "int8" in row:
-            print(f"{'  as int8':<{width}}{'':>10}" + "".join(f"{row['int8'][name]:>12.1%}" for name in names))
-    _print_languages(metrics)
+
+    def row(
+        label: str, scores: Mapping[str, float], sparsity: str = "", difference: str = "", speedup: str = ""
+    ) -> Any:
+        return label, sparsity, *(f"{scores[name]:.1%}" for name in metrics["dense"]), difference, speedup
+
+    rows = [("", "sparsity", *metrics["dense"], "reload diff", "speed-up")]
+    rows += [row(label, scores) for label, scores in references.items()]
+    for run in metrics["runs"]:
+        numbers = (f"{run['sparsity']:.1%}", f"{run['reload_max_difference']:.1g}", f"{run['speedup']:.2f}x")
+        rows.append(row(run["method"], run, *numbers))
+        if "int8" in run:
+            rows.append(row("  as int8", run["int8"]))
+    print(f"\n{aligned(rows)}")
+    if languages := metrics.get("dense_languages"):  # those that were not trained on, one column each
+        first = next(iter(metrics["dense"]))
+        rows = [(f"{first}, zero-shot", *languages)]
+        for label, found in [("dense", languages), *((run["method"], run["languages"]) for run in metrics["runs"])]:
+            rows.append((label, *(f"{found[language][first]:.1%}" for language in languages)))
+        print(f"\n{aligned(rows)}")
     print(
         "\nSparsity is that of the pruned linear layers. Zeros alone do not speed up a dense product: "
         "a speed-up of 1 is what to expect here."
     )
-
-
-def _print_languages(metrics: dict[str, Any]) -> None:
-    """Print the scores in the languages that were not trained on, one column each."""
-    dense = metrics.get("dense_languages")
-    if not dense:
-        return
-    first = next(iter(metrics["dense"]))
-    print(f"\n{first + ', zero-shot':<32}" + "".join(f"{language:>10}" for language in dense))
-    for label, scores in [("dense", dense), *((row["method"], row["languages"]) for row in metrics["runs"])]:
-        print(f"{label:<32}" + "".join(f"{scores[language][first]:>10.1%}" for language in dense))

@@ -12,6 +12,7 @@ import yaml
 
 from sdprune.exports.inspect import Inspection, LayerReport, inspect_folder
 from sdprune.files import write_text
+from sdprune.text import markdown_table
 
 CARD_NAME = "README.md"
 TAGS = ("sdprune", "pruning", "sparse")
@@ -175,32 +176,26 @@ def _loading(found: Inspection) -> str:
 def _scores(card: ModelCard) -> str:
     if not card.metrics:
         return "## Scores\n\nNone were measured."
-    lines = ["## Scores", "", "| metric | dense | pruned |", "|---|---|---|"]
-    for name, value in card.metrics.items():
-        dense = f"{card.dense_metrics[name]:.4f}" if name in card.dense_metrics else ""
-        lines.append(f"| {name} | {dense} | {value:.4f} |")
-    return "\n".join(lines)
+    dense = {name: f"{value:.4f}" for name, value in card.dense_metrics.items()}
+    rows = [(name, dense.get(name, ""), f"{value:.4f}") for name, value in card.metrics.items()]
+    return "## Scores\n\n" + markdown_table([("metric", "dense", "pruned"), *rows])
 
 
 def _sparsity(found: Inspection) -> str:
     groups: dict[str, list[LayerReport]] = {}
     for layer in found.layers:
         groups.setdefault(layer.structure, []).append(layer)
-    lines = [
-        "## Sparsity",
-        "",
-        f"{1.0 - found.density:.2%} of the weights of all linear layers are exactly zero.",
-        "",
-        "| structure of the zeros | layers | weights left |",
-        "|---|---|---|",
-    ]
+    rows = [("structure of the zeros", "layers", "weights left")]
     for structure, layers in groups.items():
         total = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         left = sum(layer.density * layer.shape[0] * layer.shape[1] for layer in layers)
-        lines.append(f"| {structure} | {len(layers)} | {left / total:.1%} |")
+        rows.append((structure, str(len(layers)), f"{left / total:.1%}"))
     heads = sum(layer.dead_heads for layer in found.layers)
-    lines += ["", f"Empty rows: {sum(layer.dead_rows for layer in found.layers)}; empty attention heads: {heads}."]
-    return "\n".join(lines)
+    return (
+        f"## Sparsity\n\n{1.0 - found.density:.2%} of the weights of all linear layers are exactly zero.\n\n"
+        f"{markdown_table(rows)}\n\n"
+        f"Empty rows: {sum(layer.dead_rows for layer in found.layers)}; empty attention heads: {heads}."
+    )
 
 
 def _where(speed: Speed) -> str:
@@ -210,16 +205,11 @@ def _where(speed: Speed) -> str:
 def _speed(card: ModelCard) -> str:
     if not card.speeds:
         return "## Speed\n\nNot measured. Zeros in dense weights alone never make a product faster."
-    lines = [
-        "## Speed",
-        "",
-        "| device | dtype | batch | sequence | what ran | times as fast |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = [("device", "dtype", "batch", "sequence", "what ran", "times as fast")]
     for speed in card.speeds:
-        where = f"| {speed.device} | {speed.dtype} | {speed.batch} | {speed.sequence} "
-        lines.append(f"{where}| {speed.form} | {speed.speedup:.2f} |")
-    return "\n".join([*lines, "", "Against the dense base model on the same device, medians."])
+        size = (str(speed.batch), str(speed.sequence))
+        rows.append((speed.device, speed.dtype, *size, speed.form, f"{speed.speedup:.2f}"))
+    return f"## Speed\n\n{markdown_table(rows)}\n\nAgainst the dense base model on the same device, medians."
 
 
 def _losses(card: ModelCard, found: Inspection) -> str:

@@ -56,9 +56,11 @@ class Archive:
 
     @property
     def name(self) -> str:
+        """Of the package with its version, as an archive is called."""
         return f"{self.package}-{self.version}"
 
     def is_complete(self, folder: Path) -> bool:
+        """Whether `folder` holds all members; what is in them is not read."""
         return all((folder / member).is_file() for member in self.members)
 
 

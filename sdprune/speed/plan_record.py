@@ -11,6 +11,7 @@ from typing import Any, Self
 from sdprune.files import write_text
 from sdprune.formats.form import DENSE
 from sdprune.speed.timing import Times
+from sdprune.text import aligned
 
 
 @dataclass(frozen=True)
@@ -166,27 +167,14 @@ class Plan:
         return cls.from_dict(values)
 
     def __str__(self) -> str:
-        lines = [("layer", "out x in", "tokens", "zeros", "choice", "density", "dense ms", "choice ms", "speed-up")]
+        rows = [["layer", "out x in", "tokens", "zeros", "choice", "density", "dense ms", "choice ms", "speed-up"]]
         for layer in self.layers:
-            times = ("", "")
-            if layer.candidates:
-                times = (
-                    f"{layer.candidates[DENSE].times.median:.3f}",
-                    f"{layer.candidates[layer.choice].times.median:.3f}",
-                )
-            size, share = f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.density:.1%}"
-            form = (size, str(layer.tokens), f"{layer.sparsity:.1%}", layer.choice, share)
-            lines.append((layer.name, *form, *times, f"{layer.speedup:.2f}"))
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        table = "\n".join(
-            "  ".join(
-                cell.rjust(width) if index else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
+            forms = [layer.candidates.get(name) for name in (DENSE, layer.choice)]
+            times = [f"{form.times.median:.3f}" if form else "" for form in forms]
+            numbers = [str(layer.tokens), f"{layer.sparsity:.1%}", layer.choice, f"{layer.density:.1%}", *times]
+            rows.append([layer.name, f"{layer.shape[0]} x {layer.shape[1]}", *numbers, f"{layer.speedup:.2f}"])
         where = f"{self.device}, {self.dtype}" + (f", {self.threads} threads" if self.threads else "")
         return (
-            f"{table}\n{len(self.choices)} of {len(self.layers)} pruned layers are converted on {where}: "
+            f"{aligned(rows)}\n{len(self.choices)} of {len(self.layers)} pruned layers are converted on {where}: "
             f"expected {self.expected_speedup:.2f} times as fast, measured {self.measured_speedup:.2f}"
         )

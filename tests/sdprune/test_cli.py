@@ -282,3 +282,18 @@ def test_help_names_every_option(arguments, capsys):
             for name in kind.field_names():
                 assert f"--{name.replace('_', '-')}" in text
     assert "sdprune" in text
+
+
+def test_help_without_docstrings():
+    """`python -OO` drops the docstrings that the help of the options is made of: they are read from the source."""
+    code = (
+        "from sdprune.cli import COMMANDS, main\n"
+        "for name in ('', *(module.__name__.rpartition('.')[2] for module in COMMANDS)):\n"
+        "    try:\n        main([*name.split(), '--help'])\n"
+        "    except SystemExit as stop:\n        print(name, 'ended with', stop.code)\n"
+    )
+    process = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    for name in ("", "demo", "prune", "evaluate", "export", "inspect", "benchmark"):
+        assert f"{name} ended with 0" in process.stdout
+    assert "optimizer steps until the peak learning rate (default: 20)" in " ".join(process.stdout.split())

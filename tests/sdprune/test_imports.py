@@ -17,6 +17,7 @@ FILES = [path for root in ROOTS for path in sorted(root.rglob("*.py"))]
 # each may use those before it
 ORDER = (
     "files",
+    "text",
     "config_base",
     "config",
     "recipe",
@@ -101,6 +102,7 @@ def test_house_rules(path):
         "config.py",
         "recipe.py",
         "files.py",
+        "text.py",
     ):
         assert not any((name or "").split(".")[0] == "transformers" for name in imported)
     own = path.relative_to(ROOTS[1]).parts[0].removesuffix(".py") if path.is_relative_to(ROOTS[1]) else None

@@ -214,7 +214,7 @@ def test_no_temporary_file_stays_when_writing_fails(tmp_path: Path, monkeypatch:
 
 
 def test_sparsity_rises_at_the_pruning_steps() -> None:
-    figure, (axes,) = report._panels(2.0)
+    figure, (axes,) = report.new_figure(2.0)
     report._shade_sparsity(axes, record("SDP-CC"))
     stairs = figure.axes[1].collections[0].get_paths()[0].vertices
     for moment, before, after in ((20, 30, 60), (40, 60, 90)):
@@ -230,7 +230,7 @@ def test_labels_of_close_references_do_not_overlap() -> None:
     assert all(below[3] <= above[1] + 1 for below, above in itertools.pairwise(boxes))
     shown = [text.get_text() for text in figure.axes[0].texts]
     assert "majority class 50.0 ↓" in shown
-    drawn = [line.get_ydata()[0] for line in figure.axes[0].get_lines() if line.get_color() == report._GREY]
+    drawn = [line.get_ydata()[0] for line in figure.axes[0].get_lines() if line.get_color() == report.GREY]
     assert drawn == pytest.approx([90.0, 90.5, 82.0])  # the majority class would flatten the curves
 
 
@@ -255,7 +255,7 @@ def test_diagnostics_are_drawn_where_they_were_measured(tmp_path, monkeypatch):
         drawn[path.stem] = figure
         return b""
 
-    monkeypatch.setattr(report, "_save_png", keep)
+    monkeypatch.setattr(report, "save_png", keep)
     write_report(tmp_path, METRICS, RUNS, title="none")
     assert "diagnostics_over_steps" not in drawn
     rows = ({"step": 4, "separability": 0.5, "signal_to_noise": 12.0}, {"step": 8, "separability": 0.25})
