@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from sdprune.exports.inspect import Inspection, LayerReport, inspect_folder
 from sdprune.files import write_text
@@ -87,21 +88,11 @@ def write_model_card(directory: str | Path, card: ModelCard) -> Path:
         FileNotFoundError: config.json or weights are missing.
     """
     found = inspect_folder(directory)
-    header = yaml.safe_dump(_header(card, found), sort_keys=False, allow_unicode=True)
-    body = "\n\n".join(
-        (
-            f"# {Path(card.base_model).name}, {1.0 - found.density:.0%} of its linear weights pruned",
-            _origin(card),
-            _loading(found),
-            _scores(card),
-            _sparsity(found),
-            _speed(card),
-            _losses(card, found),
-            _recipe(card),
-        )
-    )
+    title = f"# {Path(card.base_model).name}, {1.0 - found.density:.0%} of its linear weights pruned"
+    parts = (_origin(card), _loading(found), _scores(card), _sparsity(found), _speed(card), _losses(card, found))
+    body = "\n\n".join((title, *parts, _recipe(card)))
     path = Path(directory) / CARD_NAME
-    write_text(path, f"---\n{header}---\n\n{body}\n")
+    write_text(path, f"---\n{_header(card, found)}\n---\n\n{body}\n")
     return path
 
 
@@ -120,26 +111,25 @@ def losing_cases(card: ModelCard) -> list[str]:
     return cases
 
 
-def _header(card: ModelCard, found: Inspection) -> dict[str, Any]:
+def _header(card: ModelCard, found: Inspection) -> str:
     """The YAML header of the hub; a local folder is no base model there."""
     on_hub = _HUB_ID.fullmatch(card.base_model) is not None and not Path(card.base_model).exists()
-    results = [
-        {"type": name, "name": name, "value": round(float(value), 6)} for name, value in sorted(card.metrics.items())
-    ]
     name = Path(found.directory).name if Path(found.directory).name != "model" else Path(card.base_model).name
-    data = {"name": card.data, "type": card.dataset or "other"}
-    values = {
-        "library_name": "transformers",
-        "pipeline_tag": card.task,
-        "base_model": card.base_model if on_hub else None,
-        "datasets": [card.dataset] if card.dataset else None,
-        "tags": list(TAGS),
-        "metrics": sorted(card.metrics) or None,
-        "model-index": [{"name": name, "results": [{"task": {"type": card.task}, "dataset": data, "metrics": results}]}]
-        if results
-        else None,
-    }
-    return {key: value for key, value in values.items() if value is not None}
+    data = {"task_type": card.task, "dataset_name": card.data, "dataset_type": card.dataset or "other"}
+    results = [
+        EvalResult(metric_type=metric, metric_name=metric, metric_value=round(float(value), 6), **data)
+        for metric, value in sorted(card.metrics.items())
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=card.task,
+        base_model=card.base_model if on_hub else None,
+        datasets=[card.dataset] if card.dataset else None,
+        tags=list(TAGS),
+        metrics=sorted(card.metrics) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    ).to_yaml()
 
 
 def _origin(card: ModelCard) -> str:
@@ -152,25 +142,22 @@ def _origin(card: ModelCard) -> str:
 def _loading(found: Inspection) -> str:
     _, marker, head = (found.architecture or "").rpartition("For")
     kind = f"AutoModelFor{head}" if marker else "AutoModel"
-    text = (
-        f"## Use\n\n```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(FOLDER_OR_ID)\n```\n\n"
-    )
+    before, variant = "", ""
+    text = "The weights are dense with exact zeros: no other package is needed for the right outputs."
     if found.variant is not None:
-        return (
-            f"## Use\n\n```python\nimport sdprune  # without it the weights would be random\n"
-            f"from transformers import {kind}\n\n"
-            f'model = {kind}.from_pretrained(FOLDER_OR_ID, variant="{found.variant}")\n```\n\n'
+        before, variant = "import sdprune  # without it the weights would be random\n", f', variant="{found.variant}"'
+        text = (
             "**There are no dense weights here. Without the package transformers merely warns and loads random ones.**"
         )
-    text += "The weights are dense with exact zeros: no other package is needed for the right outputs."
-    if found.format in ("portable", "compact"):
+    elif found.format in ("portable", "compact"):
         text += " After `import sdprune` the pruned layers are loaded as sparse or narrower ones."
-    if found.format == "compact":
+    if found.variant is None and found.format == "compact":
         text += (
             ' The same model in fewer bytes: `variant="compact"`, after `import sdprune`. Never load that variant '
             "without the package."
         )
-    return text
+    code = f"{before}from transformers import {kind}\n\nmodel = {kind}.from_pretrained(FOLDER_OR_ID{variant})"
+    return f"## Use\n\n```python\n{code}\n```\n\n{text}"
 
 
 def _scores(card: ModelCard) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sdprune.config import SDPruneConfig
 from sdprune.exports.convert import Records, find_records, store
@@ -16,7 +15,7 @@ from sdprune.formats.files import VARIANT, WeightFiles, digest_of_rest
 from sdprune.formats.form import BLOCK_SHAPES, NARROW, UNSTRUCTURED, Form
 from sdprune.formats.tag import SDPruneQuantizationConfig
 from sdprune.layers.dense import dense_names, pruned_weight
-from sdprune.layers.forms import dense_copy, plain_copy
+from sdprune.layers.forms import plain_copy
 from sdprune.masking.coupling import find_couplings
 from sdprune.masking.pruner import measure_sparsity
 from sdprune.speed.plan_record import Plan
@@ -104,12 +103,6 @@ def export(
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
     return Path(directory)
-
-
-@torch.no_grad()
-def dense_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the state of the model as if its masked and sparse layers were dense: zeros in the weights, no masks."""
-    return dict(dense_copy(model).state_dict())
 
 
 def _records(dense: Any, config: SDPruneConfig | None, plan: Plan | None) -> Records:

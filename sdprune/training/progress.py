@@ -10,65 +10,40 @@ from typing import Any, Self
 
 import torch
 from torch import distributed
-from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class ProgressBar(TrainerCallback):
+class ProgressBar(ProgressCallback):
     """A bar over the optimizer steps with the sparsity, the parts of the loss, the last score and the time left."""
 
+    training_bar: Any
+
     def __init__(self, description: str = "pruning") -> None:
+        super().__init__()
         self.description = description
-        self.bar: Any = None
         self.shown: dict[str, str] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step where the training begins."""
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=self.description,
-                unit="step",
-                dynamic_ncols=True,
-            )
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
+            self.training_bar.set_description(self.description)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance."""
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Show what the log row says."""
-        if self.bar is None or logs is None:
-            return
-        for name, value in logs.items():
+        for name, value in (logs or {}).items():
             if name == "sparsity":
                 self.shown["sparsity"] = f"{value:.1%}"
             elif name.startswith("loss_") or name == "eval_accuracy":
                 self.shown[name.removeprefix("loss_")] = f"{value:.3f}"
-        self.bar.set_postfix(self.shown, refresh=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar."""
-        self.close()
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown, refresh=False)
 
     def close(self) -> None:
-        """Close the bar, also where the training broke off."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        """Close the bar where the training broke off."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
 
 class TrainingInterrupted(KeyboardInterrupt):
