@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from sdprune.deployment.sparse_linear import BlockSparseLinear as BlockSparseLinear
     from sdprune.masking.freeze import freeze_sparsity as freeze_sparsity
     from sdprune.masking.layers import MaskedLinear as MaskedLinear
+    from sdprune.methods.criteria import CRITERIA as CRITERIA
+    from sdprune.methods.criteria import Criterion as Criterion
+    from sdprune.methods.objectives import OBJECTIVES as OBJECTIVES
+    from sdprune.methods.objectives import Objective as Objective
+    from sdprune.methods.structures import STRUCTURES as STRUCTURES
+    from sdprune.methods.structures import Structure as Structure
     from sdprune.pipelines.prune_then_distill import PruneThenDistillResult as PruneThenDistillResult
     from sdprune.pipelines.prune_then_distill import prune_then_distill as prune_then_distill
     from sdprune.pipelines.self_distilled import PruneResult as PruneResult
@@ -27,14 +33,20 @@ if TYPE_CHECKING:
     from sdprune.training.trainer import SDPruneTrainer as SDPruneTrainer
 
 _HOMES = {
+    "CRITERIA": "sdprune.methods.criteria",
+    "OBJECTIVES": "sdprune.methods.objectives",
+    "STRUCTURES": "sdprune.methods.structures",
     "BlockSparseLinear": "sdprune.deployment.sparse_linear",
+    "Criterion": "sdprune.methods.criteria",
     "MaskedLinear": "sdprune.masking.layers",
+    "Objective": "sdprune.methods.objectives",
     "PruneResult": "sdprune.pipelines.self_distilled",
     "PruneThenDistillResult": "sdprune.pipelines.prune_then_distill",
     "SDPruneCallback": "sdprune.training.callback",
     "SDPruneConfig": "sdprune.config",
     "SDPruneQuantizationConfig": "sdprune.deployment.quantization_config",
     "SDPruneTrainer": "sdprune.training.trainer",
+    "Structure": "sdprune.methods.structures",
     "export": "sdprune.deployment.export",
     "freeze_sparsity": "sdprune.masking.freeze",
     "load": "sdprune.deployment.loader",
@@ -44,14 +56,20 @@ _HOMES = {
 }
 
 __all__ = [
+    "CRITERIA",
+    "OBJECTIVES",
+    "STRUCTURES",
     "BlockSparseLinear",
+    "Criterion",
     "MaskedLinear",
+    "Objective",
     "PruneResult",
     "PruneThenDistillResult",
     "SDPruneCallback",
     "SDPruneConfig",
     "SDPruneQuantizationConfig",
     "SDPruneTrainer",
+    "Structure",
     "export",
     "freeze_sparsity",
     "load",
