@@ -150,21 +150,6 @@ def expected_gate(log_alpha: Tensor) -> Tensor:
     return (log_alpha.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
-def add(score: Tensor, sensitivity: Tensor, options: Options) -> Tensor:
-    """Sum the sensitivities."""
-    return score + sensitivity
-
-
-def add_squares(score: Tensor, sensitivity: Tensor, options: Options) -> Tensor:
-    """Sum the squared sensitivities."""
-    return score + sensitivity.square()
-
-
-def subtract(score: Tensor, sensitivity: Tensor, options: Options) -> Tensor:
-    """Subtract the sensitivity: gradient descent on the scores."""
-    return score - sensitivity
-
-
 def descend_soft(score: Tensor, sensitivity: Tensor, options: Options) -> Tensor:
     """Descend along the sensitivity and the gradient of `sparsity_penalty * sum(sigmoid(score))`."""
     return _descend(score, sensitivity, score.sigmoid(), options)
@@ -237,16 +222,16 @@ CRITERIA = Table(
     {
         "random": Criterion(lambda layer: random(layer.weight, layer.generator)),
         "magnitude": Criterion(lambda layer: magnitude(layer.weight, layer.options.magnitude_norm)),
-        "gradient": Criterion(_of_gathered(gradient), add, fresh=True),
-        "taylor": Criterion(_of_gathered(taylor), add_squares, fresh=True),
+        "gradient": Criterion(_of_gathered(gradient), lambda total, each, options: total + each, fresh=True),
+        "taylor": Criterion(_of_gathered(taylor), lambda squares, each, options: squares + each.square(), fresh=True),
         "lookahead": Criterion(
             lambda layer: lookahead(layer.weight, *cast(tuple[Tensor, Tensor], layer.neighbours)), neighbours=True
         ),
         "lamp": Criterion(lambda layer: magnitude(layer.weight, 2), of_units=lamp),
-        "movement": Criterion(_of_gathered(movement), subtract, revives=True),
+        "movement": Criterion(_of_gathered(movement), lambda total, each, options: total - each, revives=True),
         "soft_movement": Criterion(_of_gathered(soft_movement), descend_soft, revives=True),
         "l0": Criterion(_of_gathered(hard_concrete), descend_hard_concrete, start=OPEN, gates=True),
         # EPSD (https://arxiv.org/abs/2402.00084): the sensitivity of the self-distillation loss of the untouched model.
-        "epsd": Criterion(_of_gathered(gradient), add, before_training=True),
+        "epsd": Criterion(_of_gathered(gradient), lambda total, each, options: total + each, before_training=True),
     },
 )

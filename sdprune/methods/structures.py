@@ -51,23 +51,15 @@ class Structure:
         check(self, "groups", groups is None or (callable(groups) and self.coupled is None), GROUPS)
 
 
-def _single(shape: Shape, options: Options) -> Shape:
-    return 1, 1
-
-
-def _blocks(shape: Shape, options: Options) -> Shape:
-    return options.block_shape
-
-
 STRUCTURES = Table(
     "STRUCTURES",
     Structure,
     {
-        "unstructured": Structure(_single),
-        "block": Structure(_blocks),
-        "n:m": Structure(_single, groups=lambda options: (options.n, options.m)),
+        "unstructured": Structure(lambda shape, options: (1, 1)),
+        "block": Structure(lambda shape, options: options.block_shape),
+        "n:m": Structure(lambda shape, options: (1, 1), groups=lambda options: (options.n, options.m)),
         "neuron": Structure(coupled="neuron"),
         "head": Structure(coupled="head"),
-        "hybrid": Structure(_blocks, coupled="neuron"),
+        "hybrid": Structure(lambda shape, options: options.block_shape, coupled="neuron"),
     },
 )
