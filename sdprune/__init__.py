@@ -4,8 +4,6 @@ Names are imported when they are first used. `import sdprune` itself only makes 
 transformers, if that is installed, so that plain `AutoModel*.from_pretrained` loads what `export` wrote.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,12 @@ if TYPE_CHECKING:
     from sdprune.layers.block_sparse import BlockSparseLinear as BlockSparseLinear
     from sdprune.masking.freeze import freeze_sparsity as freeze_sparsity
     from sdprune.masking.layers import MaskedLinear as MaskedLinear
+    from sdprune.methods.criteria import CRITERIA as CRITERIA
+    from sdprune.methods.criteria import Criterion as Criterion
+    from sdprune.methods.objectives import OBJECTIVES as OBJECTIVES
+    from sdprune.methods.objectives import Objective as Objective
+    from sdprune.methods.structures import STRUCTURES as STRUCTURES
+    from sdprune.methods.structures import Structure as Structure
     from sdprune.runs.prune import PruneResult as PruneResult
     from sdprune.runs.prune import prune as prune
     from sdprune.runs.prune_then_distill import PruneThenDistillResult as PruneThenDistillResult
@@ -26,39 +30,26 @@ if TYPE_CHECKING:
     from sdprune.training.callback import SDPruneCallback as SDPruneCallback
     from sdprune.training.trainer import SDPruneTrainer as SDPruneTrainer
 
-_HOMES = {
-    "BlockSparseLinear": "sdprune.layers.block_sparse",
-    "MaskedLinear": "sdprune.masking.layers",
-    "PruneResult": "sdprune.runs.prune",
-    "PruneThenDistillResult": "sdprune.runs.prune_then_distill",
-    "SDPruneCallback": "sdprune.training.callback",
-    "SDPruneConfig": "sdprune.config",
-    "SDPruneQuantizationConfig": "sdprune.formats.tag",
-    "SDPruneTrainer": "sdprune.training.trainer",
-    "export": "sdprune.exports.export",
-    "freeze_sparsity": "sdprune.masking.freeze",
-    "load": "sdprune.exports.load",
-    "plan": "sdprune.speed.plan",
-    "prune": "sdprune.runs.prune",
-    "prune_then_distill": "sdprune.runs.prune_then_distill",
+_PUBLIC = {  # module -> names
+    "config": ("SDPruneConfig",),
+    "exports.export": ("export",),
+    "exports.load": ("load",),
+    "formats.tag": ("SDPruneQuantizationConfig",),
+    "layers.block_sparse": ("BlockSparseLinear",),
+    "masking.freeze": ("freeze_sparsity",),
+    "masking.layers": ("MaskedLinear",),
+    "methods.criteria": ("CRITERIA", "Criterion"),
+    "methods.objectives": ("OBJECTIVES", "Objective"),
+    "methods.structures": ("STRUCTURES", "Structure"),
+    "runs.prune": ("PruneResult", "prune"),
+    "runs.prune_then_distill": ("PruneThenDistillResult", "prune_then_distill"),
+    "speed.plan": ("plan",),
+    "training.callback": ("SDPruneCallback",),
+    "training.trainer": ("SDPruneTrainer",),
 }
+_HOMES = {name: f"sdprune.{module}" for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [
-    "BlockSparseLinear",
-    "MaskedLinear",
-    "PruneResult",
-    "PruneThenDistillResult",
-    "SDPruneCallback",
-    "SDPruneConfig",
-    "SDPruneQuantizationConfig",
-    "SDPruneTrainer",
-    "export",
-    "freeze_sparsity",
-    "load",
-    "plan",
-    "prune",
-    "prune_then_distill",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,34 +12,15 @@ from typing import Self
 
 from sdprune.config_base import CheckedConfig, unknown_key_message
 from sdprune.files import write_text
+from sdprune.methods.criteria import CRITERIA
+from sdprune.methods.objectives import OBJECTIVES
+from sdprune.methods.structures import STRUCTURES
 
 CONFIG_NAME = "sdprune_config.json"
 
-STRUCTURES = ("unstructured", "block", "n:m", "neuron", "head", "hybrid")
-CRITERIA = (
-    "random",
-    "magnitude",
-    "gradient",
-    "taylor",
-    "lookahead",
-    "lamp",
-    "movement",
-    "soft_movement",
-    "l0",
-    "epsd",
-)
-SENSITIVITY_CRITERIA = ("gradient", "taylor", "movement", "soft_movement", "l0", "epsd")  # these need gradients
 BLOCK_REDUCTIONS = ("sum", "mean", "max")
 SCOPES = ("layer", "global")
 SCHEDULES = ("one_shot", "uniform", "geometric", "cubic")
-OBJECTIVES = {  # and what each compares: rows of a representation, logits, or weights
-    "cross_correlation": "rows",
-    "kl": "logits",
-    "cosine": "rows",
-    "mse": "rows",
-    "aligned_cosine": "weights",
-    "aligned_frobenius": "weights",
-}
 CORRELATION_TARGETS = ("identity", "teacher")
 REPRESENTATIONS = ("first", "mean", "pooled", "tokens", "logits")
 HIDDEN_REPRESENTATIONS = ("first", "mean", "tokens")  # these are read from any hidden state
@@ -166,8 +147,8 @@ class SDPruneConfig(CheckedConfig):
         self._check_types()
         if not 0.0 <= self.target_sparsity < 1.0:
             raise ValueError(f"target_sparsity must lie in [0, 1), got {self.target_sparsity!r}")
-        self._check_choice("structure", STRUCTURES)
-        self._check_choice("criterion", CRITERIA)
+        self._check_choice("structure", tuple(STRUCTURES))
+        self._check_choice("criterion", tuple(CRITERIA))
         self._check_choice("scope", SCOPES)
         self._check_choice("schedule", SCHEDULES)
         self._check_choice("correlation_target", CORRELATION_TARGETS)
@@ -222,21 +203,25 @@ class SDPruneConfig(CheckedConfig):
     def _check_selection(self) -> None:
         """Check what decides which units go."""
         self._check_choice("block_reduction", BLOCK_REDUCTIONS)
-        if self.block_reduction != "sum" and self.criterion in SENSITIVITY_CRITERIA:
+        criterion, groups = CRITERIA[self.criterion], STRUCTURES[self.structure].groups
+        if self.block_reduction != "sum" and criterion.update is not None:
             raise ValueError(
                 f"block_reduction must be 'sum' with criterion={self.criterion!r}, which scores blocks as a whole, got "
                 f"{self.block_reduction!r}"
             )
-        if not 0 < self.n <= self.m:
-            raise ValueError(f"n and m must satisfy 0 < n <= m, got n={self.n} and m={self.m}")
-        if self.structure == "n:m":
-            if abs(self.target_sparsity - (1.0 - self.n / self.m)) > 1e-9:
+        n, m = (self.n, self.m) if groups is None else groups(self)
+        if not 0 < n <= m:
+            raise ValueError(f"n and m must satisfy 0 < n <= m, got n={n} and m={m}")
+        if groups is not None:
+            if abs(self.target_sparsity - (1.0 - n / m)) > 1e-9:
                 raise ValueError(
-                    f"target_sparsity must be 1 - n / m = {1.0 - self.n / self.m} with structure='n:m', n={self.n} and "
-                    f"m={self.m}, got {self.target_sparsity!r}"
+                    f"target_sparsity must be 1 - n / m = {1.0 - n / m} with structure={self.structure!r}, n={n} and "
+                    f"m={m}, got {self.target_sparsity!r}"
                 )
             if self.scope == "global":
-                raise ValueError("scope must be 'layer' with structure='n:m', whose groups all keep n, got 'global'")
+                raise ValueError(
+                    f"scope must be 'layer' with structure={self.structure!r}, whose groups all keep n, got 'global'"
+                )
         if self.magnitude_norm not in (1, 2):
             raise ValueError(f"magnitude_norm must be 1 or 2, got {self.magnitude_norm}")
         self._check_at_least("sparsity_penalty", 0.0)
@@ -249,8 +234,8 @@ class SDPruneConfig(CheckedConfig):
                 f"min_layer_density must be at most 1 - target_sparsity = {1.0 - self.target_sparsity:.6g}, "
                 f"got {self.min_layer_density}"
             )
-        if self.criterion == "epsd" and self.schedule != "one_shot":
-            raise ValueError(f"schedule must be 'one_shot' with criterion='epsd', got {self.schedule!r}")
+        if criterion.before_training and self.schedule != "one_shot":
+            raise ValueError(f"schedule must be 'one_shot' with criterion={self.criterion!r}, got {self.schedule!r}")
 
     @property
     def distillation_weights(self) -> dict[str, float]:
@@ -279,7 +264,7 @@ def _check_term(term: str) -> None:
         raise ValueError(f"distillation{where}: " + unknown_key_message(objective, OBJECTIVES))
     if objective == term:
         return
-    compared = OBJECTIVES[objective]
+    compared = OBJECTIVES[objective].compares
     if compared != "rows":
         raise ValueError(
             f"distillation {term!r}: {objective} compares {compared} only and takes no representation, got "

@@ -115,7 +115,7 @@ def _header(card: ModelCard, found: Inspection) -> str:
     """The YAML header of the hub; a local folder is no base model there."""
     on_hub = _HUB_ID.fullmatch(card.base_model) is not None and not Path(card.base_model).exists()
     name = Path(found.directory).name if Path(found.directory).name != "model" else Path(card.base_model).name
-    data = {"task_type": card.task, "dataset_name": card.data, "dataset_type": card.dataset or "other"}
+    data: dict[str, Any] = {"task_type": card.task, "dataset_name": card.data, "dataset_type": card.dataset or "other"}
     results = [
         EvalResult(metric_type=metric, metric_name=metric, metric_value=round(float(value), 6), **data)
         for metric, value in sorted(card.metrics.items())

@@ -12,7 +12,7 @@ from torch.nn import functional
 from sdp_kernels import BitMask, masked_linear, zero_
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
 from sdp_kernels.masked_linear.cpu import worthwhile
-from sdprune.masking.criteria import expected_gate, sampled_gate
+from sdprune.methods.criteria import expected_gate, sampled_gate
 
 LISTS = ("crow_indices", "col_indices", "ccol_indices", "row_indices")
 # Density up to which a product that walks along the kept blocks is faster than the dense one with its zeros on a GPU.

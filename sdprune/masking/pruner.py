@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +11,14 @@ from torch import Tensor, distributed, nn
 
 from sdp_kernels import BitMask, zero_
 from sdprune.config import SDPruneConfig
-from sdprune.masking.criteria import CRITERIA, lookahead, magnitude, random
 from sdprune.masking.layers import MaskedConv1D, MaskedLinear
+from sdprune.masking.partition import Partition
 from sdprune.masking.select import select_linears
-from sdprune.masking.structure import Structure
 from sdprune.masking.swap import mask_layer, masked_layers, named_weights, swap, unswap
+from sdprune.methods.criteria import CRITERIA, Layer
 
 
-def mask_model(model: nn.Module, config: SDPruneConfig) -> Structure:
+def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
     """Swap the layers that `config` prunes for masked ones, in place; logits stay equal to the bit.
 
     Returns:
@@ -30,22 +29,22 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Structure:
             masks of other blocks.
     """
     _forget_unused_masks(model)
-    structure = Structure.of(model, select_linears(model, config), config)
+    partition = Partition.of(model, select_linears(model, config), config)
     criterion = CRITERIA[config.criterion]
     for name, layer in masked_layers(model).items():
-        if name in structure.layers and layer.block_shape != structure.block_shapes.get(name):
+        if name in partition.layers and layer.block_shape != partition.block_shapes.get(name):
             raise ValueError(
                 f"layer {name!r} is pruned already, under a mask of blocks {layer.block_shape}, not of "
-                f"{structure.block_shapes.get(name)}; begin with a dense model, or keep the structure"
+                f"{partition.block_shapes.get(name)}; begin with a dense model, or keep the structure"
             )
-    for name in structure.layers:
-        shape = structure.block_shapes.get(name)
+    for name in partition.layers:
+        shape = partition.block_shapes.get(name)
         make = partial(mask_layer, keep_pruned_values=criterion.revives, block_shape=shape)
         swap(model, [name], make)
         if criterion.update is not None:
             layer = masked_layers(model.get_submodule(name))[""]
-            layer.gather_scores(criterion.start, hard_concrete=config.criterion == "l0")
-    return structure
+            layer.gather_scores(criterion.start, hard_concrete=criterion.gates)
+    return partition
 
 
 def _forget_unused_masks(model: nn.Module) -> None:
@@ -55,65 +54,64 @@ def _forget_unused_masks(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def prune_step(model: nn.Module, config: SDPruneConfig, sparsity: float, structure: Structure | None = None) -> None:
+def prune_step(model: nn.Module, config: SDPruneConfig, sparsity: float, partition: Partition | None = None) -> None:
     """Raise the sparsity of the masked layers to `sparsity`: exact counts, and what is pruned stays pruned.
 
     Args:
         model: a model that `mask_model` prepared for `config`.
         config: what is pruned, and by which criterion.
         sparsity: fraction of units to prune.
-        structure: what `mask_model` returned; None: found again.
+        partition: what `mask_model` returned; None: found again.
 
     Raises:
         ValueError: a layer would lose all its weights, its weights are NaN (the layer is named), or a criterion that
             needs gradients has seen none.
     """
     layers = masked_layers(model)
-    if structure is None:
-        structure = Structure.of(model, list(layers), config)
-    scores = _scores(layers, structure, config)
-    masks = structure.select(scores, {name: layer.bit_mask for name, layer in layers.items()}, sparsity, config)
+    if partition is None:
+        partition = Partition.of(model, list(layers), config)
+    scores = _scores(layers, partition, config)
+    masks = partition.select(scores, {name: layer.bit_mask for name, layer in layers.items()}, sparsity, config)
     for name, mask in masks.items():
         layers[name].set_mask(mask)
     if CRITERIA[config.criterion].fresh:
         for layer in layers.values():
             if layer.score is not None and layer.score_steps is not None:
-                layer.score.zero_()
+                layer.score.fill_(CRITERIA[config.criterion].start)
                 layer.score_steps.zero_()
 
 
-def _scores(layers: Mapping[str, MaskedLinear], structure: Structure, config: SDPruneConfig) -> dict[str, Tensor]:
+def _scores(layers: Mapping[str, MaskedLinear], partition: Partition, config: SDPruneConfig) -> dict[str, Tensor]:
     """One score for each weight, or for each block where the criterion gathers scores of blocks."""
-    criterion = CRITERIA[config.criterion]
-    if criterion.update is not None:
-        gathered = {}
-        for name, layer in layers.items():
-            if layer.score is None or layer.score_steps is None or not int(layer.score_steps):
-                raise ValueError(
-                    f"criterion={config.criterion!r} ranks by gradients, but layer {name!r} has seen none since the "
-                    "last pruning step; train at least one step first (start_ratio > 0), with fp16 several: steps "
-                    "whose gradients overflow do not count"
-                )
-            gathered[name] = criterion.score(layer.score)
-        return gathered
-    # a sum of many half-precision scores would round
-    weights = {name: layer.matrix.detach().float() for name, layer in layers.items()}
-    if config.criterion == "random":  # the same on every rank and at every pruning step
-        seeds = {name: zlib.crc32(f"{config.seed} {name}".encode()) for name in weights}
-        return {name: random(weight, torch.Generator().manual_seed(seeds[name])) for name, weight in weights.items()}
-    if config.criterion == "lookahead":
-        before, after = _neighbours(weights, structure)
-        return {name: lookahead(weight, before[name], after[name]) for name, weight in weights.items()}
-    if config.criterion == "lamp":  # which the structure makes of the squares of whole units
-        return {name: magnitude(weight, 2) for name, weight in weights.items()}
-    return {name: magnitude(weight, config.magnitude_norm) for name, weight in weights.items()}
+    criterion, scores = CRITERIA[config.criterion], {}
+    neighbours = _neighbours(layers, partition) if criterion.neighbours else {}
+    for name, layer in layers.items():
+        gathered = None if criterion.update is None else layer.score
+        if criterion.update is not None and (gathered is None or layer.score_steps is None or not layer.score_steps):
+            raise ValueError(
+                f"criterion={config.criterion!r} ranks by gradients, but layer {name!r} has seen none since the "
+                "last pruning step; train at least one step first (start_ratio > 0), with fp16 several: steps "
+                "whose gradients overflow do not count"
+            )
+        # a sum of many half-precision scores would round
+        seen = Layer(name, layer.matrix.detach().float(), config, gathered, neighbours.get(name))
+        score = criterion.score(seen)
+        shapes = {tuple(each.shape) for each in (seen.weight, gathered) if each is not None}
+        if tuple(getattr(score, "shape", ())) not in shapes:
+            raise ValueError(
+                f"criterion={config.criterion!r} must score layer {name!r} by a tensor of shape "
+                f"{' or '.join(map(str, shapes))}, got {getattr(score, 'shape', score)!r}"
+            )
+        scores[name] = score
+    return scores
 
 
-def _neighbours(weights: Mapping[str, Tensor], structure: Structure) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _neighbours(layers: Mapping[str, MaskedLinear], partition: Partition) -> dict[str, tuple[Tensor, Tensor]]:
     """Norms of the weights in front of every input and behind every output, through the unit that they share."""
+    weights = {name: layer.matrix.detach().float() for name, layer in layers.items()}
     before = {name: torch.ones(weight.shape[1], device=weight.device) for name, weight in weights.items()}
     after = {name: torch.ones(weight.shape[0], device=weight.device) for name, weight in weights.items()}
-    for coupling in structure.couplings:
+    for coupling in partition.couplings:
         columns = coupling.columns.to(weights[coupling.consumer].device)
         behind = weights[coupling.consumer].square().sum(0)[columns].sum(1)
         front = torch.zeros_like(behind)
@@ -122,7 +120,7 @@ def _neighbours(weights: Mapping[str, Tensor], structure: Structure) -> tuple[di
             front += weights[name].square().sum(1)[rows].sum(1)
             after[name][rows] = behind.sqrt()[:, None]
         before[coupling.consumer][columns] = front.sqrt()[:, None]
-    return before, after
+    return {name: (before[name], after[name]) for name in weights}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 
 from sdprune.config import SDPruneConfig
-from sdprune.masking.criteria import CRITERIA
+from sdprune.methods.criteria import CRITERIA
 
 
 def sparsity_levels(config: SDPruneConfig) -> tuple[float, ...]:

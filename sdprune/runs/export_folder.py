@@ -17,6 +17,7 @@ from sdprune.formats.files import WeightFiles
 from sdprune.formats.model_config import exported_class, read_config
 from sdprune.masking.linears import matrix
 from sdprune.masking.swap import mask_layer
+from sdprune.methods.criteria import CRITERIA
 from sdprune.runs.classifier import check_model_folder
 from sdprune.training.folder import config_of, model_of
 
@@ -25,7 +26,7 @@ def export_folder(source: Path, output: Path, format: str | None = None) -> Path
     """Export the model of a run, of a checkpoint or of a model folder.
 
     Of a finished run its model, of an unfinished one its newest whole checkpoint: with the zeros that its masks ask
-    for, and the gates of l0 in the weights, as far as the run came.
+    for, and gates such as those of l0 in the weights, as far as the run came.
 
     Args:
         source: the folder.
@@ -74,7 +75,7 @@ def _take_masks(model: Any, folder: Path, config: SDPruneConfig | None) -> None:
         except (AttributeError, TypeError, ValueError) as error:
             file = files.file_of(f"{name}.mask")
             raise ValueError(f"{file}: {name}.mask does not fit the model of config.json: {error}") from None
-        if config is not None and config.criterion == "l0":
+        if config is not None and CRITERIA[config.criterion].gates:
             layer.gather_scores(hard_concrete=True)
             layer.score, layer.score_steps = score, files.read(f"{name}.score_steps")
         model.set_submodule(name, layer)

@@ -17,6 +17,7 @@ from sdprune.masking.select import select_linears
 from sdprune.recipe import INITIALIZATIONS
 from sdprune.runs.stages import Stages, without_pruning, without_teacher
 from sdprune.runs.student import anatomy, make_student, student_config
+from sdprune.training.checks import check_objectives
 
 STEPS = 4
 PRUNE_THEN_DISTILL = SDPruneConfig(
@@ -145,8 +146,7 @@ def _check(model: Any, config: SDPruneConfig, width: int, width_multiple: int, i
     """Refuse before the first stage what the second one would refuse."""
     if not config.distillation_weights:
         raise ValueError("distillation is None, but the student learns by it; choose 'kl' or another objective")
-    if "kl" in config.distillation_weights and model.config.num_labels == 1:
-        raise ValueError("distillation 'kl' compares class probabilities, but the model predicts one number")
+    check_objectives(model, config, masked=False)
     if not 1 <= width_multiple <= width:
         raise ValueError(
             f"width_multiple must lie between 1 and the teacher's feed-forward width {width}, got {width_multiple}"

@@ -26,21 +26,13 @@ from sdprune.layers.forms import plain_copy
 from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.schedule import pruning_moments
 from sdprune.masking.select import select_linears
+from sdprune.methods.objectives import OBJECTIVES
 from sdprune.recipe import Recipe
 from sdprune.runs.card import card_of
 from sdprune.runs.fresh import fresh_logits
 from sdprune.runs.predict import best_device, speedup
 from sdprune.runs.workbench import Workbench
 from sdprune.training.folder import METRICS_NAME, SCORES_NAME
-
-METHODS = {
-    "cross_correlation": "SDP-CC",
-    "kl": "SDP-KLD",
-    "cosine": "SDP-Cos",
-    "mse": "MSE",
-    "aligned_cosine": "AWR cosine",
-    "aligned_frobenius": "AWR Frobenius",
-}
 
 
 def method_name(config: SDPruneConfig) -> str:
@@ -51,14 +43,14 @@ def method_name(config: SDPruneConfig) -> str:
     objectives = " + ".join(_term_name(term) for term in config.distillation_weights)
     if config.target_sparsity == 0.0:
         return f"distilled, {objectives}" if objectives else "fine-tuned"
-    if objectives and config.criterion == "magnitude":
+    if objectives and config.criterion == SDPruneConfig.criterion:
         return objectives
     return f"{config.criterion} + {objectives}" if objectives else config.criterion
 
 
 def _term_name(term: str) -> str:
     objective, feature = split_term(term)
-    return METHODS[objective] + (f" ({feature.replace('@', ' of layer ')})" if feature else "")
+    return (OBJECTIVES[objective].label or objective) + (f" ({feature.replace('@', ' of layer ')})" if feature else "")
 
 
 @dataclass(frozen=True)

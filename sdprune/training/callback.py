@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdprune.config import SDPruneConfig
+from sdprune.masking.partition import Partition, reached_sparsity
 from sdprune.masking.pruner import gather, mask_model, masked_fraction, prune_step, zero_pruned
 from sdprune.masking.schedule import (
     check_gradients_come_first,
@@ -18,8 +19,8 @@ from sdprune.masking.schedule import (
     sparsity_before,
     sparsity_levels,
 )
-from sdprune.masking.structure import Structure, reached_sparsity
 from sdprune.masking.swap import masked_layers
+from sdprune.methods.criteria import CRITERIA
 from sdprune.training.origin import differences
 
 STATE_NAME = "SDPruneConfig"  # in trainer_state.json
@@ -46,7 +47,7 @@ class SDPruneCallback(TrainerCallback):
 
     def __init__(self, config: SDPruneConfig) -> None:
         self.config = config
-        self._structure: Structure | None = None
+        self._partition: Partition | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mask the model."""
@@ -56,20 +57,20 @@ class SDPruneCallback(TrainerCallback):
                 "would keep a model from before the target sparsity; set load_best_model_at_end=False and "
                 "save_strategy='steps' or 'epoch'"
             )
-        self._structure = mask_model(kwargs["model"], self.config)
+        self._partition = mask_model(kwargs["model"], self.config)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the schedule fits the training and the masks fit the step."""
         model: nn.Module = kwargs["model"]
-        if not masked_layers(model) or self._structure is None:
+        if not masked_layers(model) or self._partition is None:
             raise ValueError("the model has no masked layers; pass SDPruneCallback in callbacks=[...] of the Trainer")
         self._check_config(state)
         if state.global_step:
             _check_loaded(model)
         check_gradients_come_first(self.config, state.max_steps)
-        self._check_sparsity(model, sparsity_before(self.config, state.max_steps, state.global_step), self._structure)
+        self._check_sparsity(model, sparsity_before(self.config, state.max_steps, state.global_step), self._partition)
 
     def _check_config(self, state: TrainerState) -> None:
         """Compare with the configuration of the checkpoint, if the training goes on from one, and have it saved."""
@@ -80,10 +81,10 @@ class SDPruneCallback(TrainerCallback):
         if changed:
             raise ValueError(f"the checkpoint has another configuration ({'; '.join(changed)})")
 
-    def _check_sparsity(self, model: nn.Module, asked: float, structure: Structure) -> None:
+    def _check_sparsity(self, model: nn.Module, asked: float, partition: Partition) -> None:
         expected = reached_sparsity(asked, self.config)
         found = masked_fraction(model)
-        if abs(found - expected) > structure.tolerance(self.config):
+        if abs(found - expected) > partition.tolerance(self.config):
             raise ValueError(
                 f"the masks have sparsity {found:.4f} where this configuration has {expected:.4f} at this step: "
                 "the checkpoint belongs to another configuration, or its masks were not loaded"
@@ -97,7 +98,7 @@ class SDPruneCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         if state.global_step in moments:
             level = sparsity_levels(self.config)[moments.index(state.global_step)]
-            prune_step(model, self.config, level, self._structure)
+            prune_step(model, self.config, level, self._partition)
         if not moments or state.global_step >= moments[-1]:
             for layer in masked_layers(model).values():
                 layer.settle()
@@ -109,7 +110,8 @@ class SDPruneCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         gather(model, self.config, scale=1.0 if scaler is None else float(scaler.get_scale()))
-        if self.config.criterion == "epsd" and any(layer.gathering for layer in masked_layers(model).values()):
+        untouched = CRITERIA[self.config.criterion].before_training
+        if untouched and any(layer.gathering for layer in masked_layers(model).values()):
             for parameter in model.parameters():  # without a gradient the optimizer leaves the weights untouched
                 parameter.grad = None
 
@@ -136,7 +138,7 @@ class SDPruneCallback(TrainerCallback):
                 state.max_steps,
                 self.config.target_sparsity,
             )
-            prune_step(kwargs["model"], self.config, self.config.target_sparsity, self._structure)
+            prune_step(kwargs["model"], self.config, self.config.target_sparsity, self._partition)
             for layer in masked_layers(kwargs["model"]).values():
                 layer.settle()
 

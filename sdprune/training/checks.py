@@ -9,7 +9,7 @@ from torch import nn
 
 from sdprune.config import SDPruneConfig, split_term
 from sdprune.distillation.features import body_of
-from sdprune.distillation.objectives import feature_names, needs, term_features
+from sdprune.distillation.terms import feature_names, objective_of, term_features
 from sdprune.masking.linears import is_linear, matrix
 from sdprune.masking.swap import masked_layers
 
@@ -23,24 +23,26 @@ def check_objectives(model: nn.Module, config: SDPruneConfig, who: str = "the mo
         who: how messages call the model.
         masked: whether it must have masked layers for the objectives that compare weights.
     """
-    used, model_config = config.distillation_weights, getattr(model, "config", None)
-    if "kl" in used and getattr(model_config, "problem_type", None) == "multi_label_classification":
-        raise ValueError(
-            f"distillation 'kl' compares one distribution over the classes, but {who} predicts several labels at "
-            "once; take 'mse' with representation='logits'"
-        )
-    if "kl" in used and not generates(model) and getattr(model_config, "num_labels", None) == 1:
-        raise ValueError(
-            f"distillation 'kl' compares class probabilities, but {who} predicts one number; take 'mse' with "
-            "representation='logits'"
-        )
-    if masked and "weights" in needs(config) and not masked_layers(model):
-        names = ", ".join(repr(name) for name in used if name.startswith("aligned_"))
+    model_config = getattr(model, "config", None)
+    terms = {term: objective_of(term) for term in config.distillation_weights}
+    for term in (term for term, objective in terms.items() if objective.distribution):
+        if getattr(model_config, "problem_type", None) == "multi_label_classification":
+            raise ValueError(
+                f"distillation {term!r} compares one distribution over the classes, but {who} predicts several labels "
+                "at once; take 'mse' with representation='logits'"
+            )
+        if not generates(model) and getattr(model_config, "num_labels", None) == 1:
+            raise ValueError(
+                f"distillation {term!r} compares class probabilities, but {who} predicts one number; take 'mse' with "
+                "representation='logits'"
+            )
+    names = ", ".join(repr(term) for term, objective in terms.items() if objective.compares == "weights")
+    if masked and names and not masked_layers(model):
         raise ValueError(
             f"distillation {names} compares masked weights, but the model has none; pass SDPruneCallback in "
             "callbacks=[...] of the Trainer"
         )
-    for term in used:
+    for term in terms:
         _check_features(model, config, term, who)
 
 
@@ -71,7 +73,6 @@ def generates(model: nn.Module) -> bool:
 def check_teacher(student: nn.Module, teacher: nn.Module, config: SDPruneConfig) -> None:
     """Raise ValueError if a teacher cannot teach this student: what it reads, predicts or holds differs."""
     check = {"vocab_size": "a vocabulary of {}"}
-    needed = needs(config)
     if "logits" in feature_names(config):
         check["num_labels"] = "{} classes"
     if set(feature_names(config)) - {"logits"}:
@@ -87,14 +88,14 @@ def check_teacher(student: nn.Module, teacher: nn.Module, config: SDPruneConfig)
                 f"teacher_model has its classes in another order ({', '.join(theirs)}) than the model "
                 f"({', '.join(ours)}); logits are compared one by one"
             )
-    if "weights" in needed:
+    if any(objective_of(term).compares == "weights" for term in config.distillation_weights):
         weights = {name: matrix(module).shape for name, module in teacher.named_modules() if is_linear(module)}
         for name, layer in masked_layers(student).items():
             found = weights.get(name)
             if found != matrix(layer).shape:
                 has = "no such weight" if found is None else f"shape {tuple(found)}"
                 raise ValueError(
-                    f"the aligned objectives compare weights by name: {name}.weight has shape "
+                    f"weights are compared by name: {name}.weight has shape "
                     f"{tuple(matrix(layer).shape)} in the model, {has} in teacher_model"
                 )
 

@@ -23,10 +23,10 @@ from sdprune.distillation.features import (
     need_hidden_states,
     token_mask,
 )
-from sdprune.distillation.objectives import Comparison, distillation_terms, feature_names
 from sdprune.distillation.queue import SavedRowQueue
 from sdprune.distillation.steering import gradient_norm, steered_weight
 from sdprune.distillation.teacher import Teacher
+from sdprune.distillation.terms import BatchOutputs, distillation_terms, feature_names
 from sdprune.masking.pruner import masked_fraction
 from sdprune.masking.schedule import lr_factor
 from sdprune.training.checks import check_classes, check_labels, check_objectives, check_teacher, labels_of
@@ -215,7 +215,7 @@ class SDPruneTrainer(Trainer):
 
     def _compare(
         self, inputs: dict[str, Any], positions: list[int] | None, logits: Tensor, bodies: list[Any]
-    ) -> Comparison:
+    ) -> BatchOutputs:
         """Gather what the objectives compare; the teacher runs only where they need outputs that are not cached."""
         teacher, model = cast(Teacher, self.teacher), self.accelerator.unwrap_model(self.model)
         mask = token_mask(inputs, model)
@@ -224,7 +224,7 @@ class SDPruneTrainer(Trainer):
         if self._features:
             student = gather(self._features, logits, bodies, mask)
             taught = self._teach(inputs) if positions is None else self._remember(positions, student)
-        return Comparison(
+        return BatchOutputs(
             config=self.sdprune_config,
             student=student,
             teacher=taught,

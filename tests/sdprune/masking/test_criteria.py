@@ -7,19 +7,23 @@ import torch
 from torch.nn import functional
 
 from sdprune import MaskedLinear, SDPruneConfig
-from sdprune.config import SENSITIVITY_CRITERIA
-from sdprune.distillation.objectives import Comparison, distillation_terms
-from sdprune.masking.criteria import CRITERIA, expected_gate, lamp, lookahead, magnitude, random, sampled_gate
+from sdprune.distillation.terms import BatchOutputs, distillation_terms
 from sdprune.masking.pruner import gather, mask_model, masked_fraction, prune_step, zero_pruned
 from sdprune.masking.swap import masked_layers
+from sdprune.methods.criteria import CRITERIA, Layer, expected_gate, lamp, lookahead, magnitude, random, sampled_gate
 
 SURE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LAYER = "bert.encoder.layer.1.intermediate.dense"
+SENSITIVITY_CRITERIA = ("gradient", "taylor", "movement", "soft_movement", "l0", "epsd")
 
 
 def config_for(criterion, **changes):
     schedule = {"schedule": "one_shot", "pruning_steps": 1} if criterion == "epsd" else {}
     return SDPruneConfig(**({"criterion": criterion, "start_ratio": 0.1} | schedule | changes))
+
+
+def score_of(criterion, gathered):
+    return CRITERIA[criterion].score(Layer(LAYER, gathered, config_for(criterion), gathered))
 
 
 def dense_gradients(model, batch, names):
@@ -137,7 +141,7 @@ def test_gathered_scores_by_plain_gradients(criterion, structure, model_factory,
             "epsd": (first + second).abs(),
         }[criterion]
         layer = masked_layers(model)[name]
-        torch.testing.assert_close(CRITERIA[criterion].score(layer.score), expected, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(score_of(criterion, layer.score), expected, rtol=1e-3, atol=1e-9)
         assert int(layer.score_steps) == 2
 
 
@@ -149,7 +153,7 @@ def test_soft_movement_descends_along_loss_and_regularizer():
     expected = score - 0.1 * (sensitivity / sensitivity.square().mean().sqrt() + score.grad)
     found = CRITERIA["soft_movement"].update(score.detach(), sensitivity, config)
     torch.testing.assert_close(found, expected.detach())
-    torch.testing.assert_close(CRITERIA["soft_movement"].score(score), score.sigmoid())
+    torch.testing.assert_close(score_of("soft_movement", score), score.sigmoid())
 
 
 def test_l0_by_its_definition():
@@ -158,12 +162,12 @@ def test_l0_by_its_definition():
     torch.manual_seed(0)
     gates = sampled_gate(log_alpha.expand(40000, 4))
     assert bool(((gates >= 0) & (gates <= 1)).all())
-    torch.testing.assert_close(CRITERIA["l0"].score(log_alpha), (gates > 0).float().mean(0), rtol=0, atol=0.01)
+    torch.testing.assert_close(score_of("l0", log_alpha), (gates > 0).float().mean(0), rtol=0, atol=0.01)
     expected = [min(1.0, max(0.0, 1.2 / (1 + math.exp(-value)) - 0.1)) for value in log_alpha.tolist()]
     torch.testing.assert_close(expected_gate(log_alpha), torch.tensor(expected))
     config = config_for("l0", sparsity_penalty=3.0, score_learning_rate=0.1)
     score = log_alpha.clone().requires_grad_()
-    (3.0 * CRITERIA["l0"].score(score).sum()).backward()
+    (3.0 * score_of("l0", score).sum()).backward()
     found = CRITERIA["l0"].update(log_alpha, torch.ones(4), config)
     torch.testing.assert_close(found, log_alpha - 0.1 * (1.0 + score.grad))
 
@@ -223,7 +227,7 @@ def test_a_weight_criterion_gathers_nothing(model, batch):
     assert not any("score" in name for name in model.state_dict())
 
 
-def test_the_configuration_knows_which_criteria_need_gradients():
+def test_which_criteria_need_gradients():
     assert set(SENSITIVITY_CRITERIA) == {name for name, each in CRITERIA.items() if each.update}
 
 
@@ -270,7 +274,7 @@ def scores_of(model, batch, criterion, structure, *, autocast=None, scale=1.0):
         (loss * scale).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     gather(model, config, scale=scale)
-    return torch.cat([CRITERIA[criterion].score(layer.score).flatten() for layer in masked_layers(model).values()])
+    return torch.cat([score_of(criterion, layer.score).flatten() for layer in masked_layers(model).values()])
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
@@ -344,8 +348,8 @@ def train_on(rows, rank, world, options):
     for step in range(2):  # later the scores of the small output are rounding
         # one process brings a row less, which holds NaN
         student, teacher = wrapped(rows)[:, None], rows[:, None].masked_fill(~counts[:, None, None], torch.nan)
-        comparison = Comparison(config, {"tokens": student}, {"tokens": teacher}, counts[:, None], None, (), {}, group)
-        distillation_terms(comparison)["cross_correlation"].backward()
+        batch = BatchOutputs(config, {"tokens": student}, {"tokens": teacher}, counts[:, None], None, (), {}, group)
+        distillation_terms(batch)["cross_correlation"].backward()
         gather(model, config)
         prune_step(model, config, 0.25 * (step + 1), found)
         optimizer.step()

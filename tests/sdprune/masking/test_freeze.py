@@ -14,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from sdprune import SDPruneConfig, freeze_sparsity
-from sdprune.config import STRUCTURES
 from sdprune.masking.pruner import mask_model, prune_step, zero_pruned
 from sdprune.masking.swap import masked_layers, unswap
+from sdprune.methods.structures import STRUCTURES
 
 # peft 0.21 asks transformers 5.23 by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -154,7 +154,7 @@ def prune_by(model, structure):
     return zeros_of(unswap(model), names)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", tuple(STRUCTURES))
 def test_every_structure_outlives_decay_clipping_averages_and_lora(structure, model, batch):
     zeros = prune_by(model, structure)
     assert all(float(mask.float().mean()) == 0.5 for mask in zeros.values())
@@ -177,7 +177,7 @@ def test_every_structure_outlives_decay_clipping_averages_and_lora(structure, mo
     torch.testing.assert_close(merged(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", tuple(STRUCTURES))
 def test_an_average_of_a_masked_model_has_its_zeros(structure, model, batch):
     """Averaged from the last pruning step on, before the masks are taken off."""
     config = SDPruneConfig(structure=structure, block_shape=(8, 16), n=1, m=2)
@@ -198,7 +198,7 @@ def test_an_average_of_a_masked_model_has_its_zeros(structure, model, batch):
     assert not torch.equal(model.classifier.weight, average.module.classifier.weight)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", tuple(STRUCTURES))
 def test_embeddings_that_a_head_shares_are_free(structure):
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50, "n_positions": 32}

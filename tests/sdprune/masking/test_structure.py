@@ -6,8 +6,8 @@ from torch import nn
 
 from sdprune import SDPruneConfig
 from sdprune.masking.coupling import find_couplings
+from sdprune.masking.partition import Partition, reached_sparsity
 from sdprune.masking.pruner import mask_model, masked_fraction, prune_step
-from sdprune.masking.structure import Structure, reached_sparsity
 from sdprune.masking.swap import masked_layers
 
 
@@ -110,7 +110,7 @@ def test_a_floor_lets_no_layer_die(model, structure):
     assert abs(masked_fraction(model) - 0.8) <= found.tolerance(config)
     free = SDPruneConfig(structure=structure, scope="global", block_shape=(4, 8), target_sparsity=0.8)
     with pytest.raises(ValueError, match=r"layer 'bert\.encoder\.layer\.1\..*' would lose all"):
-        prune_step(model, free, 0.9, Structure.of(model, list(masked_layers(model)), free))
+        prune_step(model, free, 0.9, Partition.of(model, list(masked_layers(model)), free))
 
 
 def test_grouped_queries_go_with_their_key_and_value(build):

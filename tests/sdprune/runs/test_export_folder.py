@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from sdprune import SDPruneConfig, prune
 from sdprune.cli import main
-from sdprune.masking.criteria import expected_gate
+from sdprune.methods.criteria import expected_gate
 from sdprune.runs.export_folder import export_folder
 
 SCHEDULE = {"pruning_steps": 3, "start_ratio": 0.25, "end_ratio": 1.0}

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from sdprune import SDPruneCallback, SDPruneConfig, SDPruneTrainer
+from sdprune import OBJECTIVES, Objective, SDPruneCallback, SDPruneConfig, SDPruneTrainer
 from sdprune.data.sampler import LengthBucketSampler
-from sdprune.distillation.objectives import OBJECTIVES
 from sdprune.distillation.teacher import Teacher
 from sdprune.masking.pruner import mask_model, prune_step
 
@@ -65,12 +64,14 @@ def test_cross_correlation_is_per_micro_batch(model_factory, dataset_factory, to
     rows = []
 
     def count(comparison):
-        rows.append(len(comparison.student["tokens"]))
-        return comparison.student["tokens"].sum() * 0.0
+        rows.append(len(comparison.student))
+        return comparison.student.sum() * 0.0
 
-    monkeypatch.setitem(OBJECTIVES, "cross_correlation", count)
+    monkeypatch.delitem(OBJECTIVES, "cross_correlation")
+    monkeypatch.setitem(OBJECTIVES, "cross_correlation", Objective(count))
     args = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2)
-    make_trainer(model_factory(), args, dataset_factory(32), tokenizer, distillation="cross_correlation").train()
+    fields = {"distillation": "cross_correlation", "representation": "first"}  # one row an example
+    make_trainer(model_factory(), args, dataset_factory(32), tokenizer, **fields).train()
     assert rows == [4, 4, 4, 4]
 
 

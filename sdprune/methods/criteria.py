@@ -8,17 +8,45 @@ it step by step into one number for each weight or block, with no copy of the mo
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from sdprune.config import SDPruneConfig
+from sdprune.methods.table import Options, Table, check
 
 OPEN = 2.2  # log alpha at the beginning: gates are open with probability 0.99 and 0.98 in the mean
 # Louizos et al. (https://arxiv.org/abs/1712.01312), section 4
 TEMPERATURE, LOW, HIGH = 2.0 / 3.0, -0.1, 1.1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a criterion sees of a layer, and must not change.
+
+    Args:
+        name: dotted name in the model.
+        weight: (out, in) float32; what is pruned is 0 unless the criterion revives.
+        options: the configuration.
+        gathered: with `update` what was gathered, float32, for every weight (out, in) or every block (blocks down,
+            blocks across); None otherwise.
+        neighbours: with `neighbours` the norms of the weights in front of every input (in,) and behind every output
+            (out,), through neurons and heads that are pruned, 1 where there are none; None otherwise.
+    """
+
+    name: str
+    weight: Tensor
+    options: Options
+    gathered: Tensor | None = None
+    neighbours: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Random numbers that depend on the seed and the name: the same on every rank and at every pruning step."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.options.seed} {self.name}".encode()))
 
 
 def random(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -109,40 +137,26 @@ def expected_gate(log_alpha: Tensor) -> Tensor:
     return (log_alpha.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
-def add(score: Tensor, sensitivity: Tensor, config: SDPruneConfig) -> Tensor:
-    """Sum the sensitivities."""
-    return score + sensitivity
-
-
-def add_squares(score: Tensor, sensitivity: Tensor, config: SDPruneConfig) -> Tensor:
-    """Sum the squared sensitivities."""
-    return score + sensitivity.square()
-
-
-def subtract(score: Tensor, sensitivity: Tensor, config: SDPruneConfig) -> Tensor:
-    """Subtract the sensitivity: gradient descent on the scores."""
-    return score - sensitivity
-
-
-def descend_soft(score: Tensor, sensitivity: Tensor, config: SDPruneConfig) -> Tensor:
+def descend_soft(score: Tensor, sensitivity: Tensor, options: Options) -> Tensor:
     """Descend along the sensitivity and the gradient of `sparsity_penalty * sum(sigmoid(score))`."""
-    return _descend(score, sensitivity, score.sigmoid(), config)
+    return _descend(score, sensitivity, score.sigmoid(), options)
 
 
-def descend_hard_concrete(score: Tensor, sensitivity: Tensor, config: SDPruneConfig) -> Tensor:
+def descend_hard_concrete(score: Tensor, sensitivity: Tensor, options: Options) -> Tensor:
     """Descend along the gradient for log alpha and that of `sparsity_penalty` * the expected number of open gates."""
-    return _descend(score, sensitivity, hard_concrete(score), config)
+    return _descend(score, sensitivity, hard_concrete(score), options)
 
 
-def _descend(score: Tensor, sensitivity: Tensor, open: Tensor, config: SDPruneConfig) -> Tensor:
+def _descend(score: Tensor, sensitivity: Tensor, open: Tensor, options: Options) -> Tensor:
     # The gradient of a single weight is tiny and its scale arbitrary. Its root mean square over the layer stands in
     # for the second moment by which Adam, the optimizer of the published scores, divides.
     # Relative to the largest one, or the squares of tiny ones would be 0 and the quotient enormous.
     tiny = torch.finfo(sensitivity.dtype).tiny
     relative = sensitivity / sensitivity.abs().amax().clamp(min=tiny)
     scale = relative.square().mean().sqrt().clamp(min=tiny)
-    penalty = config.sparsity_penalty * open * (1 - open)
-    return score - config.score_learning_rate * (relative / scale + penalty)
+    penalty = options.sparsity_penalty * open * (1 - open)
+    rate: float = options.score_learning_rate
+    return score - rate * (relative / scale + penalty)
 
 
 @dataclass(frozen=True)
@@ -150,31 +164,62 @@ class Criterion:
     """How weights are ranked.
 
     Args:
-        score: the function of the table's name. Called with the weight (and what else it takes), or with what was
-            gathered.
-        update: (gathered, sensitivity, config) -> gathered, after every optimizer step; None: needs no gradient.
+        score: layer -> a score for every weight (out, in), or for every block as they were gathered; higher is kept.
+        update: (gathered, sensitivity, options) -> gathered, after every optimizer step; None: needs no gradient.
         revives: whether pruned weights are scored and may come back, so that their values are kept.
-        fresh: whether what was gathered is forgotten after each pruning step.
+        fresh: whether gathering begins anew after each pruning step.
         start: what gathering begins with.
+        of_units: scores of the units of a layer, any shape, from those that are the sums or means of their weights'
+            scores, after which units are ranked; None: as they are.
+        neighbours: whether the score reads the norms of neighbouring weights.
+        gates: whether what is gathered is the log alpha of hard concrete gates, which multiply the weights.
+        before_training: whether sensitivities are those of the untouched weights, which wait for a "one_shot" pruning.
+
+    Raises:
+        ValueError: a field with a value that is not allowed, or one that goes with `update` without it.
     """
 
-    score: Callable[..., Tensor]
-    update: Callable[[Tensor, Tensor, SDPruneConfig], Tensor] | None = None
+    score: Callable[[Layer], Tensor]
+    update: Callable[[Tensor, Tensor, Options], Tensor] | None = None
     revives: bool = False
     fresh: bool = False
     start: float = 0.0
+    of_units: Callable[[Tensor], Tensor] | None = None
+    neighbours: bool = False
+    gates: bool = False
+    before_training: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "score", callable(self.score), "a function of a layer")
+        for field in ("update", "of_units"):
+            check(self, field, getattr(self, field) is None or callable(getattr(self, field)), "a function or None")
+        check(self, "start", isinstance(self.start, int | float) and math.isfinite(self.start), "a finite number")
+        for field in ("revives", "fresh", "neighbours", "gates", "before_training"):
+            check(self, field, isinstance(getattr(self, field), bool), "True or False")
+        for field in ("fresh", "start", "gates", "before_training"):
+            check(self, field, not getattr(self, field) or self.update is not None, "left out without update")
 
 
-CRITERIA: dict[str, Criterion] = {
-    "random": Criterion(random),
-    "magnitude": Criterion(magnitude),
-    "lookahead": Criterion(lookahead),
-    "lamp": Criterion(lamp),
-    "gradient": Criterion(gradient, add, fresh=True),
-    "taylor": Criterion(taylor, add_squares, fresh=True),
-    "movement": Criterion(movement, subtract, revives=True),
-    "soft_movement": Criterion(soft_movement, descend_soft, revives=True),
-    "l0": Criterion(hard_concrete, descend_hard_concrete, start=OPEN),
-    # EPSD (https://arxiv.org/abs/2402.00084): the sensitivity of the self-distillation loss of the untouched network.
-    "epsd": Criterion(gradient, add),
-}
+def _of_gathered(score: Callable[[Tensor], Tensor]) -> Callable[[Layer], Tensor]:
+    return lambda layer: score(cast(Tensor, layer.gathered))
+
+
+CRITERIA = Table(
+    "CRITERIA",
+    Criterion,
+    {
+        "random": Criterion(lambda layer: random(layer.weight, layer.generator)),
+        "magnitude": Criterion(lambda layer: magnitude(layer.weight, layer.options.magnitude_norm)),
+        "gradient": Criterion(_of_gathered(gradient), lambda total, each, options: total + each, fresh=True),
+        "taylor": Criterion(_of_gathered(taylor), lambda squares, each, options: squares + each.square(), fresh=True),
+        "lookahead": Criterion(
+            lambda layer: lookahead(layer.weight, *cast(tuple[Tensor, Tensor], layer.neighbours)), neighbours=True
+        ),
+        "lamp": Criterion(lambda layer: magnitude(layer.weight, 2), of_units=lamp),
+        "movement": Criterion(_of_gathered(movement), lambda total, each, options: total - each, revives=True),
+        "soft_movement": Criterion(_of_gathered(soft_movement), descend_soft, revives=True),
+        "l0": Criterion(_of_gathered(hard_concrete), descend_hard_concrete, start=OPEN, gates=True),
+        # EPSD (https://arxiv.org/abs/2402.00084): the sensitivity of the self-distillation loss of the untouched model.
+        "epsd": Criterion(_of_gathered(gradient), lambda total, each, options: total + each, before_training=True),
+    },
+)

@@ -1,4 +1,4 @@
-"""Structures: which weights are kept or pruned together, and how many of these units a sparsity leaves."""
+"""The units of a model that a structure keeps or prunes together, and how many of them a sparsity leaves."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sdp_kernels import BitMask, select_mask
 from sdprune.config import SDPruneConfig
 from sdprune.masking.coupling import Coupling, find_couplings
-from sdprune.masking.criteria import CRITERIA, lamp
 from sdprune.masking.linears import matrix
+from sdprune.methods.criteria import CRITERIA
+from sdprune.methods.structures import STRUCTURES
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ class Units:
 
 
 @dataclass(frozen=True, eq=False)
-class Structure:
+class Partition:
     """What is pruned in a model: units ranked in parts (blocks; neurons or heads), each of which reaches the target.
 
     Args:
-        parts: the parts, each of units of one kind.
+        parts: the parts, each of units of one kind; blocks of one shape.
         block_shapes: the block shape of every layer pruned in blocks, by name.
         couplings: the couplings of pruned layers alone, where the criterion or the structure asks for them.
     """
@@ -133,35 +134,35 @@ class Structure:
         return tuple(name for part in self.parts for each in part for name in each.layers)
 
     @classmethod
-    def of(cls, model: nn.Module, names: list[str], config: SDPruneConfig) -> Structure:
+    def of(cls, model: nn.Module, names: list[str], config: SDPruneConfig) -> Partition:
         """Find what `config` prunes among the named layers.
 
         Raises:
             ValueError: a layer cannot take the structure (which one and why), or no layer can.
         """
+        structure = STRUCTURES[config.structure]
         shapes = {name: _shape(model.get_submodule(name)) for name in names}
-        kinds = {"neuron": ("neuron",), "hybrid": ("neuron",), "head": ("head",)}.get(config.structure, ())
-        couplings = find_couplings(model, names) if kinds or config.criterion == "lookahead" else []
-        units = tuple(Units(each, shapes) for each in couplings if each.kind in kinds)
-        if kinds and not units:
+        looked_for = structure.coupled is not None or CRITERIA[config.criterion].neighbours
+        couplings = find_couplings(model, names) if looked_for else []
+        units = tuple(Units(each, shapes) for each in couplings if each.kind == structure.coupled)
+        if structure.coupled is not None and not units:
             raise ValueError(
-                f"structure={config.structure!r} finds no {kinds[0]}s among the layers that target_modules and "
-                f"exclude_modules choose: {', '.join(names[:12])}"
+                f"structure={config.structure!r} finds no {structure.coupled}s among the layers that target_modules "
+                f"and exclude_modules choose: {', '.join(names[:12])}"
             )
         _check_once(units, config)
         taken = {name for each in units for name in each.layers}
-        others = [name for name in names if name not in taken] if config.structure not in ("neuron", "head") else []
-        blocks: dict[str, tuple[int, int]] = {}
-        if config.structure in ("block", "hybrid"):
-            blocks = dict.fromkeys(others, config.block_shape)
-            _check_divides(shapes, blocks)
-        if config.structure == "n:m":
-            _check_groups(shapes, config.m)
-        rest = tuple(Blocks(name, shapes[name], blocks.get(name, (1, 1)), config.block_reduction) for name in others)
-        parts = tuple(part for part in (rest, units) if part)
-        pruned = {*others, *taken}
+        blocks: dict[tuple[int, int], tuple[Blocks, ...]] = {}
+        for name in names:
+            if structure.block_shape is not None and name not in taken:
+                sides = structure.block_shape(shapes[name], config)
+                _check_blocks(name, shapes[name], sides, config)
+                blocks[sides] = (*blocks.get(sides, ()), Blocks(name, shapes[name], sides, config.block_reduction))
+        parts: tuple[tuple[Blocks | Units, ...], ...] = (*blocks.values(), *([units] if units else []))
+        pruned = {name for part in parts for each in part for name in each.layers}
         inside = tuple(each for each in couplings if {each.consumer, *each.producers} <= pruned)
-        return cls(parts, blocks, inside)
+        of_blocks = {each.name: sides for sides, part in blocks.items() for each in part if sides != (1, 1)}
+        return cls(parts, of_blocks, inside)
 
     def select(
         self, scores: Mapping[str, Tensor], masks: Mapping[str, BitMask], sparsity: float, config: SDPruneConfig
@@ -177,20 +178,21 @@ class Structure:
         Raises:
             ValueError: a layer, which is named, would lose everything, or its scores are NaN.
         """
-        revives = CRITERIA[config.criterion].revives
+        criterion, groups = CRITERIA[config.criterion], STRUCTURES[config.structure].groups
         selected: dict[str, BitMask] = {}
         for part in self.parts:
             values = []
             for each in part:
                 unit = each.units(scores)
-                if config.criterion == "lamp":
-                    unit = lamp(unit)
-                if not revives:
+                if criterion.of_units is not None:
+                    unit = criterion.of_units(unit)
+                if not criterion.revives:
                     unit = _sunk(unit, each.kept(masks).to(unit.device))
                 values.append(_protected(unit, config.min_layer_density))
             names = [each.layers[-1] for each in part]
-            if config.structure == "n:m":
-                kept = _selected(names, values, structure="n:m", n=groups_keep(sparsity, config), m=config.m)
+            if groups is not None:
+                n, m = groups(config)
+                kept = _selected(names, values, structure="n:m", n=groups_keep(sparsity, n, m), m=m)
             else:
                 scope = "global" if config.scope == "global" else "tensor"
                 kept = _selected(names, values, sparsity=sparsity, scope=scope)
@@ -209,14 +211,15 @@ class Structure:
         return units / total
 
 
-def groups_keep(sparsity: float, config: SDPruneConfig) -> int:
+def groups_keep(sparsity: float, n: int, m: int) -> int:
     """Return how many of `m` neighbours are kept at this sparsity: as few as it allows, never fewer than `n`."""
-    return max(config.n, math.ceil(config.m * (1.0 - sparsity) - 1e-9))
+    return max(n, math.ceil(m * (1.0 - sparsity) - 1e-9))
 
 
 def reached_sparsity(sparsity: float, config: SDPruneConfig) -> float:
     """Return the sparsity that the structure reaches when asked for `sparsity`, but for rounding to a unit."""
-    return 1.0 - groups_keep(sparsity, config) / config.m if config.structure == "n:m" else sparsity
+    groups = STRUCTURES[config.structure].groups
+    return sparsity if groups is None else 1.0 - groups_keep(sparsity, *groups(config)) / groups(config)[1]
 
 
 def _sunk(scores: Tensor, kept: Tensor) -> Tensor:
@@ -267,19 +270,16 @@ def _check_once(units: tuple[Units, ...], config: SDPruneConfig) -> None:
             owner[name] = each.coupling.consumer
 
 
-def _check_divides(shapes: Mapping[str, tuple[int, int]], blocks: Mapping[str, tuple[int, int]]) -> None:
-    for name, block in blocks.items():
-        if shapes[name][0] % block[0] or shapes[name][1] % block[1]:
-            raise ValueError(
-                f"block_shape {block} (out, in) does not divide layer {name!r} of shape "
-                f"{shapes[name]}; choose another block_shape or name the layer in exclude_modules"
-            )
-
-
-def _check_groups(shapes: Mapping[str, tuple[int, int]], m: int) -> None:
-    for name, shape in shapes.items():
-        if shape[1] % m:
-            raise ValueError(
-                f"m={m} does not divide the input size of layer {name!r} of shape {shape}; choose another m or name "
-                "the layer in exclude_modules"
-            )
+def _check_blocks(name: str, shape: tuple[int, int], block: tuple[int, int], config: SDPruneConfig) -> None:
+    if min(block) < 1 or shape[0] % block[0] or shape[1] % block[1]:
+        raise ValueError(
+            f"block_shape {block} (out, in) does not divide layer {name!r} of shape {shape}; choose another "
+            "block_shape or name the layer in exclude_modules"
+        )
+    groups = STRUCTURES[config.structure].groups
+    if groups is not None and (shape[1] // block[1]) % groups(config)[1]:
+        raise ValueError(
+            f"m={groups(config)[1]} does not divide the input size of layer {name!r} of shape {shape}"
+            f"{'' if block == (1, 1) else f' in blocks of {block}'}; choose another m or name the layer in "
+            "exclude_modules"
+        )
