@@ -1,7 +1,5 @@
 """The command line: `sdprune demo | prune | evaluate | export | inspect | benchmark`."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import re

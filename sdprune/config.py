@@ -1,7 +1,5 @@
 """How a model is pruned and what teaches it: a frozen dataclass, checked when it is built, to and from JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """What every configuration shares: fields checked by type and choice, to and from plain values."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

@@ -5,8 +5,6 @@ A recipe file is flat: its keys are the field names of `Recipe`, `DataConfig`, `
 stand in `sdprune/recipes` and go by their names.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Convergence: how soon the score comes back after a pruning step, and what it is until the next one."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

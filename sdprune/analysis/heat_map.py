@@ -1,7 +1,5 @@
 """A picture of where a model's weights are left: the density of blocks, one panel a layer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

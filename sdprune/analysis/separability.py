@@ -1,7 +1,5 @@
 """Class separability: how far apart the classes stand in a representation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

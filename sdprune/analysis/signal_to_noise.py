@@ -1,7 +1,5 @@
 """Signal-to-noise: how much of the teacher's representation is left in the student's."""
 
-from __future__ import annotations
-
 import math
 
 import torch

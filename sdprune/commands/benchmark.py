@@ -1,7 +1,5 @@
 """`sdprune benchmark`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

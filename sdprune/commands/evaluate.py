@@ -1,7 +1,5 @@
 """`sdprune evaluate`."""
 
-from __future__ import annotations
-
 import argparse
 
 from sdprune.commands.options import add_fields, given_fields

@@ -1,7 +1,5 @@
 """`sdprune export`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`sdprune inspect`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options of the command line, made from the fields of the configurations."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import dataclasses

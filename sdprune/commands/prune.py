@@ -1,7 +1,5 @@
 """`sdprune prune`."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import textwrap

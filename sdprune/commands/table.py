@@ -1,7 +1,5 @@
 """The table that a run prints at its end."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What trivial models reach on a task."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from sdprune.data.metrics import Array, compute

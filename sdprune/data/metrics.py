@@ -1,7 +1,5 @@
 """Scores of predictions, how sure a difference of two is, and what trivial models reach."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

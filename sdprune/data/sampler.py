@@ -1,7 +1,5 @@
 """Batches of like lengths, the same ones whenever an epoch is begun again."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Which rows are held out: decided by labels or groups and the seed alone, not by any library's version."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Labelled text in a user's CSV, TSV, JSONL or Parquet file; the last two may hold words with a tag each."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

@@ -1,14 +1,12 @@
 """What a run trains and tests on: reviews out of packages, a GLUE or XGLUE task, or the user's own files."""
 
-from __future__ import annotations
-
 import bz2
 import csv
 import difflib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 from sdprune.data.examples import EncodedExamples, Examples, encode
 from sdprune.data.metrics import is_span_scheme
@@ -77,7 +75,7 @@ class Task:
     metrics: tuple[str, ...]
     zero_shot: Mapping[str, Examples] = field(default_factory=dict)
 
-    def map(self, change: Callable[[Examples], Examples]) -> Task:
+    def map(self, change: Callable[[Examples], Examples]) -> Self:
         """Return the task with all of its parts changed."""
         return replace(
             self,

@@ -5,8 +5,6 @@ data set is a script, which `datasets` no longer runs; what is read is the Parqu
 The mapping is tested on local files of the same columns and splits; none of these downloads was ever run.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from sdprune.data.examples import Examples

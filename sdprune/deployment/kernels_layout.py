@@ -6,8 +6,6 @@ upload, or to load from where it lies.
     build/torch-universal/sdp_block_sparse/       pure Python and Triton, for every device
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

@@ -5,8 +5,6 @@ training step, and never changed: a cache belongs to one teacher (its weights an
 set of examples (what the teacher reads of them), all known by their hashes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

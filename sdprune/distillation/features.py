@@ -4,8 +4,6 @@ A feature has a name: "logits", "pooled", or what is read from a hidden state: "
 layer behind an "@" where it is not the final output of the body ("mean@3").
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """`SavedRowQueue`: a row queue that a checkpoint can hold, so that resumed training sees the same rows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Self
 

@@ -1,7 +1,5 @@
 """Steering of the distillation weight: its gradient keeps a chosen ratio to that of the task."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The teacher: a frozen, unpruned model in eval mode."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The terms of a distillation: what each compares of a batch, handed to its objective."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The model card (README.md) of an exported folder: where the model comes from, what it scores, where it loses."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

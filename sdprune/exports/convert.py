@@ -1,7 +1,5 @@
 """The layers of a model as a checkpoint stores them: described, packed, put in the place of the dense ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Export: a pruned model as files that plain transformers loads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

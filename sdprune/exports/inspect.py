@@ -1,7 +1,5 @@
 """What a folder with a pruned model holds, layer by layer, read from its files one tensor at a time."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

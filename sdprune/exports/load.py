@@ -4,8 +4,6 @@ Every stored layer is checked in its file, in the file's own dtype, before anyth
 content. What does not fit is an error, so that no model comes up with weights that are wrong or made anew.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path

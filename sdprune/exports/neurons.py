@@ -1,7 +1,5 @@
 """Empty neurons and heads leave the matrices, which become smaller and stay dense."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

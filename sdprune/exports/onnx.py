@@ -1,7 +1,5 @@
 """ONNX: a pruned model for other runtimes, through torch's own exporter, checked in onnxruntime."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The safetensors files of one checkpoint: one index over all of them, tensors read one at a time, errors by name."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

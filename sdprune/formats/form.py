@@ -1,7 +1,5 @@
 """`Form`: how the weight of one layer is kept, in memory and on disk, with the one name that every table shows."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """The config.json of a model, read so that a damaged field is wrong input that names its file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

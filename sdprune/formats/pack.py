@@ -1,7 +1,5 @@
 """Packing: a pruned weight to and from the tensors that store it, and whether they are the right ones."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping, Sequence

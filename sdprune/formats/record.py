@@ -12,8 +12,6 @@ unstructured (kept values,)           mask (out, ceil(in / 32)), the words of a 
 ============ ======================== =========================================================
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """`SDPruneQuantizationConfig`: how a checkpoint stores its layers, as config.json tells it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self

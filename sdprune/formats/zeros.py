@@ -1,7 +1,5 @@
 """Which structure the zeros of a matrix have."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

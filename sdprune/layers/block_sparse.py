@@ -1,7 +1,5 @@
 """`BlockSparseLinear`: a linear layer that stores and multiplies only the kept blocks of its weight."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """Dense linear layers: which ones of a model they are, their weight with its zeros, a layer around a weight."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from typing import Any, TypeVar

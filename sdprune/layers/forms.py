@@ -1,7 +1,5 @@
 """From one form of a layer to another: dense to pruned, stored tensors to what computes with them, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

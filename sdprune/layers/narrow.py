@@ -1,7 +1,5 @@
 """Linear layers without their empty rows and columns: `NarrowLinear`; `RemovedLinear` where all neighbours agree."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Self
 

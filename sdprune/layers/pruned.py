@@ -1,7 +1,5 @@
 """`PrunedLinear`: what layers share that keep a part of a weight and stand for the dense layer with zeros elsewhere."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """`StoredLinear`: a linear layer as a checkpoint stores it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor, nn

@@ -9,8 +9,6 @@ no NaN on, so what arrives went through activations, gates and attention only; n
 columns, which couples nothing.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """`freeze_sparsity`: fine-tune any model that has zeros, and keep them."""
 
-from __future__ import annotations
-
 import re
 import weakref
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """`MaskedLinear`: a linear layer whose pruned weights are zero and stay so; `MaskedConv1D`: the same for GPT-2's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """What counts as a linear layer: `nn.Linear`, and the `Conv1D` of GPT-2, which stores its weight transposed."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

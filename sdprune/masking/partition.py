@@ -1,10 +1,9 @@
 """The units of a model that a structure keeps or prunes together, and how many of them a sparsity leaves."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +133,7 @@ class Partition:
         return tuple(name for part in self.parts for each in part for name in each.layers)
 
     @classmethod
-    def of(cls, model: nn.Module, names: list[str], config: SDPruneConfig) -> Partition:
+    def of(cls, model: nn.Module, names: list[str], config: SDPruneConfig) -> Self:
         """Find what `config` prunes among the named layers.
 
         Raises:

@@ -1,7 +1,5 @@
 """One pruning step over a model: scores, masks, zeros; and what the masks amount to."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ A run prunes at `pruning_steps` moments. Moment i happens at the beginning of an
 `pruning_moments(...)[i]` steps were finished, and brings the sparsity to `sparsity_levels(...)[i]`.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 
 from sdprune.config import SDPruneConfig

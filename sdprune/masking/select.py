@@ -1,7 +1,5 @@
 """Which layers are pruned: a regular expression over names, a module class, or the layer stack by default."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

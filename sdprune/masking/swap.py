@@ -1,7 +1,5 @@
 """Exchange modules of a model and back; nothing else changes the structure of a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 

@@ -5,8 +5,6 @@ for a factor of 1 on a weight (or on a whole block), which is gradient * weight 
 it step by step into one number for each weight or block, with no copy of the model and, for blocks, no dense gradient.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Callable
@@ -154,7 +152,7 @@ def _descend(score: Tensor, sensitivity: Tensor, open: Tensor, options: Options)
     tiny = torch.finfo(sensitivity.dtype).tiny
     relative = sensitivity / sensitivity.abs().amax().clamp(min=tiny)
     scale = relative.square().mean().sqrt().clamp(min=tiny)
-    penalty = options.sparsity_penalty * open * (1 - open)
+    penalty: Tensor = options.sparsity_penalty * open * (1 - open)
     rate: float = options.score_learning_rate
     return score - rate * (relative / scale + penalty)
 

@@ -5,8 +5,6 @@
 The papers also write (1 - alpha) * task + alpha * objective: task_weight 1 - alpha and distillation_weight alpha.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast

@@ -1,7 +1,5 @@
 """Structures: which weights are kept or pruned together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """`Table`: methods by name. What is entered is there for every configuration, recipe and option."""
 
-from __future__ import annotations
-
 import re
 from collections import UserDict
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The model card of what a recipe made."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Loading a classifier for a task, with errors that say what to do."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

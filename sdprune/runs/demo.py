@@ -5,8 +5,6 @@ with the same steps, learning rate and seed: SDP-CC, magnitude alone, and the de
 are exported and tested at 50, 70 and 80 %, each after an equal number of recovery steps.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

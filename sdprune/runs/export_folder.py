@@ -1,7 +1,5 @@
 """Exporting what a folder holds: a run, finished or not, a checkpoint of the Trainer, a model."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

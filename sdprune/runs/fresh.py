@@ -1,7 +1,5 @@
 """A fresh process with plain transformers: what an exported folder computes for those who do not have this package."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

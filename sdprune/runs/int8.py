@@ -1,7 +1,5 @@
 """Int8 in training: weights and inputs of pruned layers are rounded as torchao will round them; zeros stay zeros."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from typing import Any

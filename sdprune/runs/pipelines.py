@@ -1,7 +1,5 @@
 """The pipelines that a recipe can name: each trains on a workbench and tells what came out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path

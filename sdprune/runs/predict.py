@@ -1,7 +1,5 @@
 """Running a model over examples, in their order."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """`prune`: self-distilled pruning of one model, from a dense Transformer to one with exact zeros."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Prune the teacher, then distil it into a smaller dense student of the same architecture."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

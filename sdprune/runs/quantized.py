@@ -4,8 +4,6 @@ In both the first stage prunes by the task loss alone, later ones keep the zeros
 trained and exported unrounded; in the stages with int8 they are rounded as torchao will round them.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Of this are made its row in `metrics.json`, its card, and the report.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

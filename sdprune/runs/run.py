@@ -5,8 +5,6 @@ recipe.yaml  sdprune_config.json  metrics.jsonl  checkpoint-N/     while it runs
 model/  metrics.json  report.html  *.png                           when it is done
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ NAME/checkpoint-N/  NAME/metrics.jsonl ...    while a stage runs
 NAME/model/  NAME/stage.json          when it is done
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

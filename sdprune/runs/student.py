@@ -1,7 +1,5 @@
 """The dense student that a pruned teacher asks for: its widths from the teacher's densities, and its first weights."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterable, Mapping

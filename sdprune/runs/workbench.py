@@ -1,13 +1,11 @@
 """A classifier and the encoded splits of its task: what a run is trained and measured on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +66,7 @@ class Workbench:
         tokenizer = self.classifier.tokenizer
         return {name: Batches.of(rows, tokenizer, self.batch_size) for name, rows in self.tested.items()}
 
-    def renewed(self) -> Workbench:
+    def renewed(self) -> Self:
         """Return a workbench with the model as it was loaded, untouched by any training."""
         return replace(self, classifier=load_classifier(self.source, self.task))
 

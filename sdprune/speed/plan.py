@@ -1,7 +1,5 @@
 """Which pruned layers are worth converting on this machine: `plan` measures, `apply` converts what won."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

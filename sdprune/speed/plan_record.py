@@ -1,7 +1,5 @@
 """The record of a plan: what was measured of every pruned layer, and the form that was chosen."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Times of calls that take turns, and the memory one of them needs."""
 
-from __future__ import annotations
-
 import gc
 import os
 import platform

@@ -1,7 +1,5 @@
 """From a `TrainingConfig` to `transformers.TrainingArguments`."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path

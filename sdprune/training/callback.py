@@ -1,7 +1,5 @@
 """`SDPruneCallback`: the pruning half of a run, for any `transformers.Trainer`."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -4,8 +4,6 @@ The Trainer writes `checkpoint-N` in place, file by file, and removes old ones t
 folder that looks like a checkpoint. A marker, written last, tells the whole ones: it lists every file and its size.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping

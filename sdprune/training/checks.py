@@ -1,7 +1,5 @@
 """What a distillation refuses before anything is trained or written."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 

@@ -9,8 +9,6 @@ model/  metrics.json                       what came of it, and the scores of a 
 All of them are written when a training begins, or later: a refused run leaves the folder free.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

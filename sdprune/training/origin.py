@@ -1,7 +1,5 @@
 """What a run began with: the model, the rows and the training, so that nobody goes on with others by mistake."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What a person sees of a training: a progress bar, and a Ctrl-C that loses nothing."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from pathlib import Path

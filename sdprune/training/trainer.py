@@ -1,7 +1,5 @@
 """`SDPruneTrainer`: the transformers Trainer with the distillation terms added to its loss."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any, cast
