@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from bench.machine import ROOT, commit, device_name, slug_of
 from bench.results import Row, append_rows, read_rows
-from sdprune.analysis.separability import class_separability
-from sdprune.analysis.signal_to_noise import signal_to_noise
+from sdprune.analysis.measures import class_separability, signal_to_noise
 from sdprune.config import SDPruneConfig
 from sdprune.distillation.features import body_output, gather, token_mask
 from sdprune.files import write_text

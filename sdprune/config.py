@@ -145,8 +145,8 @@ class SDPruneConfig(CheckedConfig):
         self._check_types()
         if not 0.0 <= self.target_sparsity < 1.0:
             raise ValueError(f"target_sparsity must lie in [0, 1), got {self.target_sparsity!r}")
-        self._check_choice("structure", tuple(STRUCTURES))
-        self._check_choice("criterion", tuple(CRITERIA))
+        self._check_choice("structure", STRUCTURES)
+        self._check_choice("criterion", CRITERIA)
         self._check_choice("scope", SCOPES)
         self._check_choice("schedule", SCHEDULES)
         self._check_choice("correlation_target", CORRELATION_TARGETS)
@@ -158,7 +158,7 @@ class SDPruneConfig(CheckedConfig):
                 "start_ratio and end_ratio must satisfy 0 <= start_ratio <= end_ratio <= 1, "
                 f"got {self.start_ratio!r} and {self.end_ratio!r}"
             )
-        self._check_at_least("pruning_steps", 1)
+        self._check_numbers("pruning_steps", least=1)
         if self.schedule == "one_shot" and self.pruning_steps != 1:
             raise ValueError(f"pruning_steps must be 1 with schedule='one_shot', got {self.pruning_steps}")
         self._check_selection()
@@ -167,19 +167,13 @@ class SDPruneConfig(CheckedConfig):
             if not (math.isfinite(weight) and weight >= 0.0):
                 raise ValueError(f"distillation[{name!r}] must be a finite number >= 0, got {weight!r}")
         self._check_distillation()
-        self._check_at_least("seed", 0)
+        self._check_numbers("seed", least=0)
 
     def _check_distillation(self) -> None:
-        for name in ("task_weight", "distillation_weight", "off_diagonal_weight"):
-            self._check_at_least(name, 0.0)
-        self._check_at_least("queue_size", 0)
-        for name in ("gradient_ratio_steps", "diagnostics_examples", "diagnostics_steps"):
-            if getattr(self, name) is not None:
-                self._check_at_least(name, 1)
-        for name in ("temperature", "gradient_ratio", "teacher_cache_gigabytes"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0.0):
-                raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+        self._check_numbers("task_weight", "distillation_weight", "off_diagonal_weight", least=0.0)
+        self._check_numbers("queue_size", least=0)
+        self._check_numbers("gradient_ratio_steps", "diagnostics_examples", "diagnostics_steps", least=1)
+        self._check_numbers("temperature", "gradient_ratio", "teacher_cache_gigabytes", above=0)
         if self.teacher_dtype is not None:
             self._check_choice("teacher_dtype", TEACHER_DTYPES)
         read = {self.representation, *(split_term(term)[1] for term in self.distillation_weights)}
@@ -222,9 +216,8 @@ class SDPruneConfig(CheckedConfig):
                 )
         if self.magnitude_norm not in (1, 2):
             raise ValueError(f"magnitude_norm must be 1 or 2, got {self.magnitude_norm}")
-        self._check_at_least("sparsity_penalty", 0.0)
-        if not (math.isfinite(self.score_learning_rate) and self.score_learning_rate > 0.0):
-            raise ValueError(f"score_learning_rate must be a finite number > 0, got {self.score_learning_rate!r}")
+        self._check_numbers("sparsity_penalty", least=0.0)
+        self._check_numbers("score_learning_rate", above=0)
         if not 0.0 <= self.min_layer_density < 1.0:
             raise ValueError(f"min_layer_density must lie in [0, 1), got {self.min_layer_density!r}")
         if self.min_layer_density > 1.0 - self.target_sparsity:

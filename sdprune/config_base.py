@@ -17,6 +17,15 @@ def unknown_key_message(key: str, allowed: Iterable[str]) -> str:
     return f"unknown key {key!r}{hint} Allowed: {', '.join(allowed)}"
 
 
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise ValueError that names the nearest value allowed, if `value` is none of them."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+
+
 class CheckedConfig:
     """Conversions and checks that every configuration below shares."""
 
@@ -51,17 +60,16 @@ class CheckedConfig:
                 raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
             object.__setattr__(self, name, value)
 
-    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+    def _check_choice(self, name: str, allowed: Iterable[str]) -> None:
+        check_choice(name, getattr(self, name), allowed)
 
-    def _check_at_least(self, name: str, low: float) -> None:
-        value = getattr(self, name)
-        if not (math.isfinite(value) and value >= low):
-            raise ValueError(f"{name} must be a finite number >= {low}, got {value!r}")
+    def _check_numbers(self, *names: str, least: float | None = None, above: float = -math.inf) -> None:
+        """Check that numbers are finite, at least `least`, and above `above`; None is left alone."""
+        allowed = f"> {above}" if least is None else f">= {least}"
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > above and (least is None or value >= least)):
+                raise ValueError(f"{name} must be a finite number {allowed}, got {value!r}")
 
 
 def _plain(value: Any) -> Any:

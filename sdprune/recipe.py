@@ -6,7 +6,6 @@ stand in `sdprune/recipes` and go by their names.
 """
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,11 +56,8 @@ class DataConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_at_least("max_length", 8)
-        for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None:
-                self._check_at_least(name, 8)
-        self._check_at_least("split_seed", 0)
+        self._check_numbers("max_length", "max_train_samples", "max_eval_samples", least=8)
+        self._check_numbers("split_seed", least=0)
 
 
 @dataclass(frozen=True)
@@ -113,15 +109,12 @@ class TrainingConfig(CheckedConfig):
                 "only 'cosine_with_restarts' has cycles"
             )
         if self.max_steps != -1:
-            self._check_at_least("max_steps", 1)
-        for name in ("num_train_epochs", "warmup_steps", "weight_decay"):
-            self._check_at_least(name, 0)
-        for name in ("learning_rate", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
-                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
-        rows = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*rows, "lr_cycles", "logging_steps", "eval_steps", "save_steps"):
-            self._check_at_least(name, 1)
+            self._check_numbers("max_steps", least=1)
+        self._check_numbers("num_train_epochs", "warmup_steps", "weight_decay", least=0)
+        self._check_numbers("learning_rate", "max_grad_norm", above=0)
+        self._check_numbers("per_device_train_batch_size", "per_device_eval_batch_size", least=1)
+        self._check_numbers("gradient_accumulation_steps", "lr_cycles", least=1)
+        self._check_numbers("logging_steps", "eval_steps", "save_steps", least=1)
 
 
 @dataclass(frozen=True)
@@ -149,17 +142,13 @@ class StagesConfig(CheckedConfig):
         self._check_types()
         self._check_choice("pipeline", PIPELINES)
         self._check_choice("student_initialization", INITIALIZATIONS)
-        self._check_at_least("student_width_multiple", 1)
+        self._check_numbers("student_width_multiple", "retraining_steps", least=1)
+        self._check_numbers("retraining_learning_rate", above=0)
         if self.teacher_model is not None and self.pipeline != "prune":
             raise ValueError(
                 f"teacher_model={self.teacher_model!r} belongs to pipeline='prune'; "
                 f"{self.pipeline!r} makes its own teacher"
             )
-        if self.retraining_steps is not None:
-            self._check_at_least("retraining_steps", 1)
-        rate = self.retraining_learning_rate
-        if rate is not None and not (math.isfinite(rate) and rate > 0.0):
-            raise ValueError(f"retraining_learning_rate must be a finite number > 0, got {rate!r}")
 
 
 PARTS: dict[str, type[Any]] = {  # field of a recipe -> what it holds

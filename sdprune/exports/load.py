@@ -39,6 +39,7 @@ class SDPruneQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
+    is_trainable = is_qat_trainable = is_compileable = True  # the Trainer asks for the second one
     quantization_config: Any
 
     def __init__(self, quantization_config: SDPruneQuantizationConfig, **kwargs: Any) -> None:
@@ -47,21 +48,6 @@ class SDPruneQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """Say that `save_pretrained` works: dense weights with the tag, right in every tool."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """The layers train."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """The Trainer asks this."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """The layers compile."""
         return True
 
     def _process_model_before_weight_loading(

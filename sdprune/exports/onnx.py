@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.files import new_directory
-from sdprune.layers.block_sparse import BlockSparseLinear
-from sdprune.layers.dense import sharing_copy
-from sdprune.layers.forms import dense_of, is_masked, plain_copy
+from sdprune.layers.forms import dense_copy, plain_copy
+from sdprune.layers.narrow import NarrowLinear, RemovedLinear
 
 MODEL_NAME = "model.onnx"
 TOLERANCE = 1e-4
@@ -108,9 +107,6 @@ def _check(model: Any, inputs: Mapping[str, Tensor]) -> None:
 
 def _exportable(model: Any) -> Any:
     """Return a copy around the same tensors without our own operators, and without a cache among its outputs."""
-    copy = sharing_copy(model)
-    for name, module in list(copy.named_modules()):
-        if isinstance(module, BlockSparseLinear) or is_masked(module):
-            copy.set_submodule(name, dense_of(module))
+    copy = dense_copy(model, keep=(NarrowLinear, RemovedLinear))
     copy.config.use_cache = False
     return copy

@@ -53,12 +53,18 @@ def make_layer(tensors: Mapping[str, Tensor], bias: nn.Parameter | None, record:
     return layer
 
 
-def dense_copy(model: Model) -> Model:
-    """Return a copy around the same tensors in which every sparse or masked layer is dense, its zeros in place."""
+def dense_copy(model: Model, *, keep: tuple[type[PrunedLinear], ...] = ()) -> Model:
+    """Return a copy around the same tensors in which every sparse or masked layer is dense, its zeros in place.
+
+    Args:
+        model: stays as it is.
+        keep: layers that stay pruned in the copy too.
+    """
     copy = sharing_copy(model)
     for name, module in list(copy.named_modules()):
-        if isinstance(module, PrunedLinear) or is_masked(module):
-            copy.set_submodule(name, dense_of(module))
+        masked = is_plain_linear(module) and getattr(module, "bit_mask", None) is not None
+        if masked or (isinstance(module, PrunedLinear) and not isinstance(module, keep)):
+            copy.set_submodule(name, _dense_of(module))
     return copy
 
 
@@ -82,13 +88,8 @@ def plain_copy(model: Any) -> Any:
     return dense
 
 
-def dense_of(module: Any) -> nn.Module:
-    """Return the dense layer of a sparse or masked one, the bias shared; Conv1D where it was one."""
+def _dense_of(module: Any) -> nn.Module:
+    """The dense layer of a sparse or masked one, the bias shared; Conv1D where it was one."""
     if isinstance(module, PrunedLinear):
         return module.to_dense()
     return dense_layer(pruned_weight(module), module.bias, is_conv1d(module), module.weight.requires_grad)
-
-
-def is_masked(module: nn.Module) -> bool:
-    """Tell whether it is a masked linear layer of ours."""
-    return is_plain_linear(module) and getattr(module, "bit_mask", None) is not None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdprune.masking.linears import is_linear, matrix
+from sdprune.masking.linears import evaluating, is_linear, matrix
 
 TOKENS = 2
 PROBES = 64  # rows of the batch: so many units are probed by one forward pass
@@ -167,21 +167,17 @@ def _standing_in(module: nn.Module, rows: int) -> Iterator[dict[str, _StandIn]]:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the model in evaluation mode with plain attention, and put everything back."""
-    modes = {module: module.training for module in model.modules()}
     devices = sorted({each.device.index or 0 for each in model.parameters() if each.device.type == "cuda"})
     # Fused attention kernels take the maximum past NaN and return numbers; torch's own and transformers' are told so.
     attention = {id(config): (config, config._attn_implementation) for config in _configurations(model)}
     try:
-        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
-            model.eval()
+        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), evaluating(model):
             for config, _ in attention.values():
                 config._attn_implementation = "eager"
             yield
     finally:
         for config, implementation in attention.values():
             config._attn_implementation = implementation
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _configurations(model: nn.Module) -> Iterator[Any]:

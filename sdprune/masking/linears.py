@@ -1,5 +1,8 @@
 """What counts as a linear layer: `nn.Linear`, and the `Conv1D` of GPT-2, which stores its weight transposed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 
@@ -24,3 +27,15 @@ def matrix(module: nn.Module) -> Tensor:
     """Return the weight of a linear layer as (out, in), a view of what is stored."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.T if is_conv1d(module) else weight
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode inside the block, and every module in its own mode again behind it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

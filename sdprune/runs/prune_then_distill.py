@@ -1,15 +1,15 @@
 """Prune the teacher, then distil it into a smaller dense student of the same architecture."""
 
 import copy
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import SchedulerType, TrainerCallback, TrainingArguments, set_seed
+from transformers import SchedulerType, TrainingArguments, set_seed
 
 from sdprune.config import SDPruneConfig
+from sdprune.config_base import check_choice
 from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.select import select_linears
 from sdprune.recipe import INITIALIZATIONS
@@ -63,10 +63,7 @@ def prune_then_distill(
     student_args: TrainingArguments | None = None,
     width_multiple: int = 64,
     initialization: str = "random",
-    processing_class: Any = None,
-    data_collator: Any = None,
-    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
-    callbacks: Iterable[TrainerCallback] | None = None,
+    **inputs: Any,
 ) -> PruneThenDistillResult:
     """Prune a teacher, then distil it into a dense student whose widths match what the pruning left.
 
@@ -88,10 +85,7 @@ def prune_then_distill(
             not used.
         width_multiple: the student's feed-forward width is a multiple of this.
         initialization: "random", or "largest": from the teacher's largest rows.
-        processing_class: as of `transformers.Trainer`, usually the tokenizer.
-        data_collator: as of `transformers.Trainer`.
-        compute_metrics: as of `transformers.Trainer`.
-        callbacks: more callbacks, for both stages.
+        **inputs: `processing_class`, `data_collator`, `compute_metrics`, `callbacks` for both stages, as of `prune`.
 
     Returns:
         The student, the pruned teacher, their scores and the teacher's sparsity.
@@ -115,14 +109,7 @@ def prune_then_distill(
     directory = Path(str(args.output_dir))
     settings = {**config.to_dict(), "width_multiple": width_multiple, "initialization": initialization}
     stages = Stages(directory, settings, resume=bool(args.resume_from_checkpoint))
-    inputs: dict[str, Any] = {
-        "train_dataset": train_dataset,
-        "eval_dataset": eval_dataset,
-        "processing_class": processing_class,
-        "data_collator": data_collator,
-        "compute_metrics": compute_metrics,
-        "callbacks": callbacks,
-    }
+    inputs |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     taught = stages.run("teacher", model, without_teacher(config), args=args, **inputs)
     teacher: Any = taught.model
     set_seed(config.seed)  # the student's first weights, the same after an interruption
@@ -149,7 +136,4 @@ def _check(model: Any, config: SDPruneConfig, width: int, width_multiple: int, i
         raise ValueError(
             f"width_multiple must lie between 1 and the teacher's feed-forward width {width}, got {width_multiple}"
         )
-    if initialization not in INITIALIZATIONS:
-        raise ValueError(
-            f"initialization must be one of {', '.join(map(repr, INITIALIZATIONS))}, got {initialization!r}"
-        )
+    check_choice("initialization", initialization, INITIALIZATIONS)

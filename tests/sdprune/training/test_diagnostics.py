@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from sdprune import SDPruneConfig, prune
-from sdprune.analysis.convergence import Recovery, recoveries
-from sdprune.analysis.separability import class_separability
-from sdprune.analysis.signal_to_noise import signal_to_noise
+from sdprune.analysis.measures import Recovery, class_separability, recoveries, signal_to_noise
 from sdprune.training.diagnostics import scores
 
 
