@@ -1,15 +1,10 @@
 """Rows of labelled text, before and after the tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from torch.utils.data import Dataset
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
 _TOKENIZER_BATCH = 1000
@@ -53,12 +48,12 @@ class Examples:
         """The first text of every row: what is asked, where answers are ranked."""
         return tuple(texts[0] for texts in self.texts)
 
-    def select(self, rows: Sequence[int]) -> Examples:
+    def select(self, rows: Sequence[int]) -> Self:
         """Return the given rows, in the given order."""
         labels: Any = tuple(self.labels[row] for row in rows)
-        return Examples(tuple(self.texts[row] for row in rows), labels)
+        return replace(self, texts=tuple(self.texts[row] for row in rows), labels=labels)
 
-    def renumbered(self, order: Sequence[int]) -> Examples:
+    def renumbered(self, order: Sequence[int]) -> Self:
         """Return the rows with class `order[index]` for every class `index`."""
 
         def renumber(label: Any) -> Any:
@@ -95,7 +90,7 @@ class EncodedExamples(Dataset[dict[str, Any]]):
         return {name: column[row] for name, column in self.columns.items()} | {"labels": self.labels[row]}
 
 
-def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedExamples:
+def encode(examples: Examples, tokenizer: Any, max_length: int) -> EncodedExamples:
     """Tokenise all rows once. The first piece of a word has its label, the others -100.
 
     Words that are cut off, or of which the tokenizer leaves nothing, have no label and count in no score.

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from sdprune.exports.convert import Records, convert_layers, find_records, renewed
+from sdprune.exports.convert import Records, StoredLinear, convert_layers, find_records, renewed
 from sdprune.formats.files import WeightFiles, digest_of_rest
 from sdprune.formats.form import BLOCK_SHAPES, NARROW, UNSTRUCTURED, Form
 from sdprune.formats.model_config import exported_class, read_config
@@ -28,7 +28,6 @@ from sdprune.formats.record import INDICES, LayerRecord
 from sdprune.formats.tag import METHOD, SDPruneQuantizationConfig
 from sdprune.layers.dense import dense_names, pruned_weight
 from sdprune.layers.forms import dense_copy, make_layer
-from sdprune.layers.stored import StoredLinear
 from sdprune.masking.linears import is_conv1d
 
 

@@ -1,6 +1,6 @@
 """Empty neurons and heads leave the matrices, which become smaller and stay dense."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,8 +80,9 @@ def remove_neurons(
         if not empty.any() or any(bool(rows.any()) for rows in fed):
             continue
         left = float((~empty).sum()) / empty.numel()
-        small = left * sum(_bytes(dense, members))
-        if block_shapes is None or small <= sum(_least_bytes(dense, members, block_shapes)):
+        weights = [pruned_weight(dense.get_submodule(name)) for name in members]
+        small = left * sum(weight.nbytes for weight in weights)
+        if block_shapes is None or small <= sum(_least_bytes(weight, block_shapes) for weight in weights):
             records |= _removed(dense, coupling)
     return records
 
@@ -137,14 +138,7 @@ def _unfeed(dense: nn.Module, coupling: Coupling) -> None:
         module.weight = nn.Parameter(stored, requires_grad=module.weight.requires_grad)
 
 
-def _bytes(dense: nn.Module, names: Sequence[str]) -> Iterator[int]:
-    for name in names:
-        yield pruned_weight(dense.get_submodule(name)).nbytes
-
-
-def _least_bytes(dense: nn.Module, names: Sequence[str], block_shapes: Sequence[tuple[int, int]]) -> Iterator[float]:
+def _least_bytes(weight: Tensor, block_shapes: Sequence[tuple[int, int]]) -> float:
     """Of the forms that keep all neurons."""
-    for name in names:
-        weight = pruned_weight(dense.get_submodule(name))
-        costs = stored_bytes(weight, block_shapes)
-        yield min([weight.nbytes, *(cost for form, cost in costs.items() if form.structure != NARROW)])
+    costs = stored_bytes(weight, block_shapes)
+    return min([weight.nbytes, *(cost for form, cost in costs.items() if form.structure != NARROW)])

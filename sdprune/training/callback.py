@@ -57,9 +57,7 @@ class SDPruneCallback(TrainerCallback):
             )
         self._partition = mask_model(kwargs["model"], self.config)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check that the schedule fits the training and the masks fit the step."""
         model: nn.Module = kwargs["model"]
         if not masked_layers(model) or self._partition is None:
@@ -88,9 +86,7 @@ class SDPruneCallback(TrainerCallback):
                 "the checkpoint belongs to another configuration, or its masks were not loaded"
             )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Prune if this is a pruning moment."""
         moments = pruning_moments(self.config, state.max_steps)
         model: nn.Module = kwargs["model"]
@@ -101,9 +97,7 @@ class SDPruneCallback(TrainerCallback):
             for layer in masked_layers(model).values():
                 layer.settle()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take in the gradients, which for the criteria are measured before the clipping that comes ahead of this."""
         model: nn.Module = kwargs["model"]
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
@@ -113,9 +107,7 @@ class SDPruneCallback(TrainerCallback):
             for parameter in model.parameters():  # without a gradient the optimizer leaves the weights untouched
                 parameter.grad = None
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Put back the zeros that momentum or weight decay moved."""
         zero_pruned(kwargs["model"])
 
@@ -124,9 +116,7 @@ class SDPruneCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.config.save_pretrained(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Reach the target where the training ended before the last pruning step."""
         moments = pruning_moments(self.config, state.max_steps)
         if moments and state.global_step <= moments[-1]:

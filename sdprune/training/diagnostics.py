@@ -1,9 +1,7 @@
 """`Diagnostics`: measures class separability, signal-to-noise and convergence while a model is pruned."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +12,7 @@ from sdprune.config import SDPruneConfig
 from sdprune.distillation.features import body_output, gather, need_hidden_states, row_names, token_mask
 from sdprune.distillation.teacher import Teacher
 from sdprune.masking.schedule import pruning_moments
-
-if TYPE_CHECKING:
-    from sdprune.training.trainer import SDPruneTrainer
+from sdprune.training.trainer import SDPruneTrainer
 
 NOT_SCORES = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model")
 
@@ -58,9 +54,7 @@ class Diagnostics(TrainerCallback):
             self._log(self.measure())
             control.should_log = due  # of the losses of this step, which the row above would take for written
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Sum up how the scores came back after the pruning steps."""
         moments = [each for each in pruning_moments(self.config, state.max_steps) if each < state.global_step]
         found = recoveries(scores(state.log_history), moments)

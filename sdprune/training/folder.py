@@ -172,9 +172,7 @@ class WriteAtStart(TrainerCallback):
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.text = path, text
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write it, whole."""
         if state.is_world_process_zero:
             write_text(self.path, self.text)
@@ -192,9 +190,7 @@ class RunFolder(TrainerCallback):
         self.config = config
         self.origin = dict(origin)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the origin, the configuration, and the rows that the checkpoint knows of; none at the start."""
         if state.is_world_process_zero:
             write_text(self.directory / ORIGIN_NAME, json.dumps(self.origin, indent=1) + "\n")

@@ -7,8 +7,7 @@ import pytest
 from sdprune.commands.table import print_table
 from sdprune.config import SDPruneConfig
 from sdprune.recipe import DataConfig, Recipe, StagesConfig
-from sdprune.runs.card import card_of
-from sdprune.runs.results import method_name
+from sdprune.runs.results import card_of, method_name
 from sdprune.runs.workbench import load_workbench
 
 BOTH = {"kl": 1.0, "cross_correlation": 0.5}
