@@ -1,19 +1,19 @@
 """What people read: tables in plain text, Markdown and HTML, pictures, and pages that hold both."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdprune.files import write_bytes, write_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+else:
+    Axes = Figure = Any  # matplotlib is imported where something is drawn
 
 Rows = Sequence[Sequence[str]]  # of a table, its head first
 

@@ -1,7 +1,5 @@
 """`write_report`: one page that shows what was pruned, what it cost, and how the training went."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -9,15 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from sdprune.text import ABSENT, GREY, PALETTE, html_table, new_figure, picture, save_png, write_page
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from sdprune.text import ABSENT, GREY, PALETTE, Axes, Figure, html_table, new_figure, picture, save_png, write_page
 
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", "-.", ":")
 
@@ -150,7 +144,7 @@ def _score_against_sparsity(models: pd.DataFrame, score: str, colors: Mapping[st
     return figure
 
 
-def _draw_references(axes: Axes, references: pd.Series[float]) -> None:
+def _draw_references(axes: Axes, references: "pd.Series[float]") -> None:
     """Draw a line and a label for each reference; no line where it would flatten the curves from far below."""
     for (label, value), dashes in zip(references.items(), _DASHES, strict=False):
         low, high = axes.get_ylim()
@@ -204,7 +198,7 @@ def _diagnostics_over_steps(runs: Sequence[RunRecord], colors: Mapping[str, str]
     return figure
 
 
-def _by_step(run: RunRecord, key: str) -> pd.Series[float]:
+def _by_step(run: RunRecord, key: str) -> "pd.Series[float]":
     """Return what the history holds under `key` by step; of equal steps the last."""
     rows = pd.DataFrame(list(run.history), columns=["step", key]).apply(pd.to_numeric, errors="coerce").dropna()
     values: pd.Series[float] = rows.drop_duplicates("step", keep="last").set_index("step")[key]

@@ -98,38 +98,28 @@ def _accuracy(labels: Array, logits: Array) -> float:
     return float((logits.argmax(-1) == labels).mean())
 
 
-def _macro_f1(labels: Array, logits: Array) -> float:
-    from sklearn.metrics import f1_score
+def _of_classes(name: str, **options: Any) -> Callable[[Array, Array], float]:
+    """A metric of scikit-learn, which takes a second to import."""
 
-    return float(f1_score(labels, logits.argmax(-1), average="macro", zero_division=0.0))
+    def metric(labels: Array, logits: Array) -> float:
+        import sklearn.metrics
 
+        return float(getattr(sklearn.metrics, name)(labels, logits.argmax(-1), **options))
 
-def _f1(labels: Array, logits: Array) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, logits.argmax(-1), zero_division=0.0))
-
-
-def _matthews(labels: Array, logits: Array) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(labels, logits.argmax(-1)))
+    return metric
 
 
-def _pearson(labels: Array, outputs: Array) -> float:
-    """Return 0 where either side is constant, as nothing is predicted then."""
-    from scipy.stats import pearsonr
+def _correlation(name: str) -> Callable[[Array, Array], float]:
+    """A correlation of scipy; 0 where either side is constant, as nothing is predicted then."""
 
-    outputs = outputs.reshape(len(labels))
-    return float(pearsonr(labels, outputs).statistic) if np.ptp(labels) and np.ptp(outputs) else 0.0
+    def metric(labels: Array, outputs: Array) -> float:
+        import scipy.stats
 
+        outputs = outputs.reshape(len(labels))
+        varies = np.ptp(labels) and np.ptp(outputs)
+        return float(getattr(scipy.stats, name)(labels, outputs).statistic) if varies else 0.0
 
-def _spearman(labels: Array, outputs: Array) -> float:
-    """Return 0 where either side is constant, as nothing is predicted then."""
-    from scipy.stats import spearmanr
-
-    outputs = outputs.reshape(len(labels))
-    return float(spearmanr(labels, outputs).statistic) if np.ptp(labels) and np.ptp(outputs) else 0.0
+    return metric
 
 
 def _ndcg(labels: Array, logits: Array, queries: Sequence[str]) -> float:
@@ -193,9 +183,9 @@ def _span_f1(labels: Array, logits: Array, label_names: Sequence[str]) -> float:
 
 _METRICS: dict[str, Callable[[Array, Array], float]] = {
     "accuracy": _accuracy,
-    "macro_f1": _macro_f1,
-    "f1": _f1,
-    "matthews": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
+    "macro_f1": _of_classes("f1_score", average="macro", zero_division=0.0),
+    "f1": _of_classes("f1_score", zero_division=0.0),
+    "matthews": _of_classes("matthews_corrcoef"),
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
 }

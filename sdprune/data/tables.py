@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,15 +171,7 @@ def _scalar(cell: Any) -> str | int | float | None:
     return cell if isinstance(cell, str | int | float) else None
 
 
-def _read_csv(path: Path) -> Columns:
-    return _read_separated(path, ",")
-
-
-def _read_tsv(path: Path) -> Columns:
-    return _read_separated(path, "\t")
-
-
-def _read_separated(path: Path, separator: str) -> Columns:
+def _read_separated(path: Path, *, separator: str) -> Columns:
     import pandas
 
     with warnings.catch_warnings():
@@ -219,8 +212,8 @@ def _read_parquet(path: Path) -> Columns:
 
 
 FORMATS: dict[str, Callable[[Path], Columns]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": partial(_read_separated, separator=","),
+    ".tsv": partial(_read_separated, separator="\t"),
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }

@@ -11,8 +11,8 @@ from typing import NamedTuple, Self, cast
 from sdprune.data.examples import EncodedExamples, Examples, encode
 from sdprune.data.metrics import is_span_scheme
 from sdprune.data.splits import split_grouped, split_stratified, stratified_order
-from sdprune.data.tables import FORMATS, Table, first_line, read_table
-from sdprune.data.xglue import XGLUE, load_xglue
+from sdprune.data.tables import FORMATS, Table, read_table
+from sdprune.data.xglue import XGLUE, load_parts, load_xglue
 from sdprune.recipe import DataConfig
 from sdprune.samples.english import sample_reviews
 from sdprune.samples.multilingual import foreign_reviews
@@ -165,15 +165,7 @@ def _examples(labels: Mapping[str, int]) -> Examples:
 
 def _load_glue(name: str, seed: int, repository: str = "nyu-mll/glue") -> Task:
     task = _GLUE[name]
-    try:
-        import datasets
-
-        parts = datasets.load_dataset(repository, name, split=["train", task.test])
-    except Exception as error:  # many kinds, some of packages that datasets alone knows
-        raise OSError(
-            f"GLUE task {name!r} could not be loaded from {repository}: {first_line(error)}; "
-            "see to that, or name a file with --data FILE"
-        ) from error
+    parts = load_parts("GLUE", name, repository, ["train", task.test])
     train, test = (
         Examples(tuple(zip(*(part[column] for column in task.text_columns), strict=True)), tuple(part["label"]))
         for part in parts

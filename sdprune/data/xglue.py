@@ -107,6 +107,19 @@ class XglueParts(NamedTuple):
     zero_shot: dict[str, Examples]
 
 
+def load_parts(kind: str, name: str, repository: str, splits: list[str], **options: Any) -> Any:
+    """Return splits of a data set of the hub, or of a folder; raises OSError that says what to do."""
+    try:
+        import datasets
+
+        return datasets.load_dataset(repository, name, split=splits, **options)
+    except Exception as error:  # many kinds, some of packages that datasets alone knows
+        raise OSError(
+            f"{kind} task {name!r} could not be loaded from {repository}: {first_line(error)}; "
+            "see to that, or name a file with --data FILE"
+        ) from error
+
+
 def load_xglue(name: str, repository: str = REPOSITORY, revision: str | None = REVISION) -> XglueParts:
     """Load a task from the hub, or from a folder of the same configurations, splits and columns.
 
@@ -121,15 +134,7 @@ def load_xglue(name: str, repository: str = REPOSITORY, revision: str | None = R
     """
     task = XGLUE[name]
     splits = ["train", f"validation.{TRAINED}", *(f"test.{language}" for language in (TRAINED, *task.languages))]
-    try:
-        import datasets
-
-        parts = datasets.load_dataset(repository, name, split=splits, revision=revision)
-    except Exception as error:  # many kinds, some of packages that datasets alone knows
-        raise OSError(
-            f"XGLUE task {name!r} could not be loaded from {repository}: {first_line(error)}; "
-            "see to that, or name a file with --data FILE"
-        ) from error
+    parts = load_parts("XGLUE", name, repository, splits, revision=revision)
     train, validation, test, *others = (_examples(part, task, split) for part, split in zip(parts, splits, strict=True))
     return XglueParts(train, validation, test, dict(zip(task.languages, others, strict=True)))
 

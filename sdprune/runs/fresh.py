@@ -70,7 +70,7 @@ def fresh_logits(
     with tempfile.TemporaryDirectory() as temporary:
         source, target, log = (Path(temporary, name) for name in ("inputs", "logits", "log"))
         tensors = {
-            f"{index}.{name}": value.contiguous()
+            f"{index}.{name}": value.clone(memory_format=torch.contiguous_format)
             for index, inputs in enumerate((probe, *batches))
             for name, value in inputs.items()
         }

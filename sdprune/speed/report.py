@@ -1,18 +1,12 @@
 """What `sdprune benchmark` shows: a table, a picture of the speed-ups with break-even, and a page that holds both."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sdprune.text import ABSENT, PALETTE, aligned, html_table, new_figure, picture, save_png, write_page
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from sdprune.text import ABSENT, PALETTE, Axes, Figure, aligned, html_table, new_figure, picture, save_png, write_page
 
 Row = dict[str, Any]
 
