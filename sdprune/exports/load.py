@@ -106,7 +106,10 @@ def prepare(
     for name, record in records.items():
         compact = any(f"{name}.{index}" in files for index in INDICES[record.structure])
         compact = compact or files.read(f"{name}.weight").dim() != 2
-        tensors = _read_compact(name, record, files) if compact else _read_dense(name, record, records, files)
+        if compact:
+            tensors = {key: files.read(f"{name}.{key}") for key in ("weight", *INDICES[record.structure])}
+        else:
+            tensors = _read_dense(name, record, records, files)
         verify(tensors, record, name, files.file_of(f"{name}.weight"))
         own = names[name]
         if own is None:
@@ -276,10 +279,6 @@ def _open(model: Any, checkpoint_files: Iterable[str] | None) -> WeightFiles:
                 f"{folder}: the index of the shards, or config.json, must name files in it, got {str(file)!r}"
             )
     return WeightFiles(checkpoint_files)
-
-
-def _read_compact(name: str, record: LayerRecord, files: WeightFiles) -> Tensors:
-    return {key: files.read(f"{name}.{key}") for key in ("weight", *INDICES[record.structure])}
 
 
 def _read_dense(name: str, record: LayerRecord, records: Records, files: WeightFiles) -> Tensors:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from sdprune.data.baselines import majority_baseline, tfidf_baseline
 from sdprune.data.examples import Examples
 from sdprune.data.metrics import compute, paired_bootstrap_standard_error
 from sdprune.data.tasks import Task
+from sdprune.runs.demo import majority_baseline, tfidf_baseline
 
 
 def one_hot(predictions: list[int], classes: int = 2) -> np.ndarray:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sdprune.data import tasks
-from sdprune.data.baselines import majority_baseline, tfidf_baseline
 from sdprune.data.tasks import load_task
 from sdprune.recipe import DataConfig
+from sdprune.runs.demo import majority_baseline, tfidf_baseline
 
 GLUE = list(tasks._GLUE)
 

@@ -9,7 +9,7 @@ from sdprune.masking.swap import masked_layers, unswap
 
 pytest.importorskip("torchao", reason="needs torchao (the extra quantize)")
 
-from sdprune.runs.int8 import QuantizationCallback, QuantizedMaskedLinear, quantize
+from sdprune.runs.quantized import QuantizationCallback, QuantizedMaskedLinear, quantize
 
 
 @pytest.fixture
