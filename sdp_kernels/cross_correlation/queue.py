@@ -10,14 +10,24 @@ class RowQueue:
     """The last `size` rows of student and teacher features, without their gradients.
 
     The off-diagonal sum of the cross-correlation loss falls like dim^2 / batch, so small batches mostly fit
-    noise. Adding rows of earlier batches costs memory for them and nothing else:
-
-        queue = RowQueue(1024)
-        loss = cross_correlation_loss(*queue.extend(student, teacher))
+    noise. Adding rows of earlier batches costs memory for them and nothing else.
 
     Only the rows of the current batch receive gradients; the older ones come from weights that have since
     moved a little. It holds every row it is given, so select the rows that count first. It is no part of a
     checkpoint: training that resumes starts with an empty queue.
+
+    Args:
+        size: most rows to hold, at least 1.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example:
+        >>> queue = RowQueue(6)
+        >>> for _ in range(3):
+        ...     student, teacher = queue.extend(torch.randn(4, 2), torch.randn(4, 2))
+        >>> student.shape, len(queue)
+        (torch.Size([10, 2]), 6)
     """
 
     def __init__(self, size: int) -> None:

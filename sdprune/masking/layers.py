@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdp_kernels import BitMask, masked_linear, zero_
-from sdp_kernels.masked_linear.blocks import ActiveBlocks
 from sdp_kernels.masked_linear.cpu import worthwhile
+from sdp_kernels.masks import ActiveBlocks
 from sdprune.masking.criteria import expected_gate, sampled_gate
 
 LISTS = ("crow_indices", "col_indices", "ccol_indices", "row_indices")
