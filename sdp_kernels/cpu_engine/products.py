@@ -21,12 +21,7 @@ ACTIVATE_: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def product(
-    input: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    walk: Walk,
-    out_features: int,
-    activation: str | None,
+    input: Tensor, values: Tensor, bias: Tensor | None, walk: Walk, out_features: int, activation: str | None
 ) -> Tensor:
     """The input times the transposed matrix of blocks, plus the bias, activated.
 
@@ -50,12 +45,7 @@ def product(
 
 
 def _compiled_product(
-    input: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    walk: Walk,
-    out_features: int,
-    activation: str | None,
+    input: Tensor, values: Tensor, bias: Tensor | None, walk: Walk, out_features: int, activation: str | None
 ) -> Tensor:
     from sdp_kernels.cpu_engine.engine import Engine
 

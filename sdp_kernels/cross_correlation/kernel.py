@@ -36,11 +36,7 @@ Products = tuple[Tensor | None, Tensor | None]  # what gradients by student and 
 
 @on_its_device
 def loss_and_gradients(
-    student: Tensor,
-    teacher: Tensor,
-    sample_weight: Tensor | None,
-    options: Options,
-    statistics: Tensor | None = None,
+    student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.loss_and_gradients, in float32; inputs of one half-precision dtype are multiplied in it.
 

@@ -95,12 +95,7 @@ def _cosine_losses(s: Tensor, t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _cosine_gradients(
-    s: Tensor,
-    t: Tensor,
-    numbers: tuple[Tensor, ...],
-    eps: float,
-    student_gradient: bool,
-    teacher_gradient: bool,
+    s: Tensor, t: Tensor, numbers: tuple[Tensor, ...], eps: float, student_gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     scale, distance, s_norm, t_norm = numbers
     cosine = 1 - distance

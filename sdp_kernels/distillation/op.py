@@ -30,11 +30,7 @@ from sdp_kernels.distillation.rows import STATISTICS, RowLosses, room_for
 
 
 def kl_divergence_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    sample_weight: Tensor | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, sample_weight: Tensor | None = None
 ) -> Tensor:
     """Kullback-Leibler divergence of the student's class distribution from the teacher's.
 

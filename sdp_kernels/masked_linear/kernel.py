@@ -34,12 +34,7 @@ from sdp_kernels.tiles.launch import choose_launch
 
 @on_its_device
 def masked_product(
-    input: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    transposed: bool,
-    teacher: Teacher | None = None,
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, transposed: bool, teacher: Teacher | None = None
 ) -> tuple[Tensor, Tensor]:
     """The input times the transposed masked weight, plus the bias; or times the masked weight itself.
 

@@ -83,12 +83,7 @@ def masked_linear(
 
 
 def check_arguments(
-    input: Tensor,
-    weight: Tensor,
-    mask: Tensor | BitMask,
-    bias: Tensor | None,
-    block_gate: Tensor | None,
-    gradient: str,
+    input: Tensor, weight: Tensor, mask: Tensor | BitMask, bias: Tensor | None, block_gate: Tensor | None, gradient: str
 ) -> torch.dtype | None:
     """Raise what `masked_linear` raises; the dtype that autocast converts to, or None where it does not."""
     check_choice("gradient", gradient, ("masked", "dense"))
