@@ -1,4 +1,4 @@
-"""Command line: `python -m bench NAME | all | gpu | collect | plot NAME | recipes | resources`."""
+"""Command line: `python -m bench NAME | all | gpu | collect | plot NAME | recipes | resources | kernels-layout DIR`."""
 
 import argparse
 import importlib.util
@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     resources.add_argument("--arch", type=int, nargs="+", help="compute capabilities, such as 90")
     resources.add_argument("--op", nargs="+", help="names of ops")
     resources.set_defaults(run=_resources)
+    layout = commands.add_parser(
+        "kernels-layout", help="block_sparse_linear in the layout of the Hub's kernels package"
+    )
+    layout.add_argument("directory", type=Path, help="the folder to make")
+    layout.set_defaults(run=_kernels_layout)
     return parser
 
 
@@ -195,6 +200,16 @@ def _resources(options: argparse.Namespace) -> int:
         return report(options.arch or CAPABILITIES, options.op)
     except (ValueError, RuntimeError) as error:
         return _refuse(error)
+
+
+def _kernels_layout(options: argparse.Namespace) -> int:
+    from bench.kernels_layout import write_kernel_repository
+
+    try:
+        print(write_kernel_repository(options.directory))
+    except (ValueError, OSError) as error:
+        return _refuse(error)
+    return 0
 
 
 def _refuse(error: Exception) -> int:

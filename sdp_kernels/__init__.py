@@ -6,8 +6,9 @@ from sdp_kernels.cross_correlation import RowQueue, cross_correlation_loss
 from sdp_kernels.dispatch import use_backend
 from sdp_kernels.distillation import cosine_distance_loss, kl_divergence_loss
 from sdp_kernels.mask_selection import select_mask
-from sdp_kernels.masked_linear import BitMask, masked_linear, zero_
+from sdp_kernels.masked_linear import masked_linear, zero_
 from sdp_kernels.masked_linear_cross_correlation import masked_linear_cross_correlation_loss
+from sdp_kernels.masks import BitMask
 
 __all__ = [
     "BitMask",

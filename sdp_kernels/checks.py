@@ -7,21 +7,25 @@ from torch import Tensor
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """A value among those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
 
 
 def check_at_least(name: str, value: float, minimum: float) -> None:
+    """A number that is not below the minimum; NaN is refused too."""
     if not value >= minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
 
 
 def check_above(name: str, value: float, bound: float) -> None:
+    """A number above the bound; NaN is refused too."""
     if not value > bound:
         raise ValueError(f"{name} must be above {bound}, got {value!r}")
 
 
 def check_floating(name: str, value: Tensor) -> None:
+    """A tensor, and of a floating-point dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -29,16 +33,19 @@ def check_floating(name: str, value: Tensor) -> None:
 
 
 def check_dims(name: str, value: Tensor, dims: int) -> None:
+    """A tensor of so many dimensions."""
     if value.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
 
 
 def check_shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
+    """A tensor of exactly this shape."""
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(value.shape)}")
 
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Two tensors on one device."""
     if value.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
 

@@ -24,6 +24,8 @@ from torch.autograd import forward_ad
 from sdp_kernels.checks import check_choice
 
 BACKENDS = ("triton", "cpu", "reference")
+OFFERS = BACKENDS  # of an op that has all of them, the fastest first
+PLAIN = (Tensor, torch.nn.Parameter)  # types that nothing watches: an operator's function may be called directly
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Kinds of devices that torch knows autocast for, whether there is one or not. The torch.compile of 2.11 cannot ask.
 AUTOCAST_DEVICES = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if is_autocast_available(kind))
@@ -58,6 +60,11 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the name is none of these.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     kl_divergence_loss(torch.zeros(1, 2), torch.zeros(1, 2))
+        tensor(0.)
     """
     check_choice("name", name, BACKENDS)
     choice = _thread.choice

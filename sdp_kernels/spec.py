@@ -9,6 +9,8 @@ import torch
 Inputs = dict[str, Any]
 Shape = tuple[int, ...]
 
+# Triton's names of the dtypes that kernels take.
+TRITON_NAMES: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEFAULT_FLOORS: Mapping[torch.dtype, float] = {
     torch.float64: 1e-12,
     torch.float32: 1e-6,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdp_kernels.dispatch import is_captured, on_its_device
-from sdp_kernels.masked_linear.bitmask import WORD_BITS
+from sdp_kernels.masks import WORD_BITS
 from sdp_kernels.spec import KernelConfig
 
 BLOCK_ROWS, BLOCK_COLUMNS = 4, 256

@@ -1,6 +1,9 @@
 """Aligned weight regularizer: keep the rows of pruned weights pointing where the unpruned ones do.
 
-Public function, checks, autograd, registration.
+Public function, checks, autograd, registration. One operator takes all layers: two launches make the loss and one its
+gradients, however many there are. The kernels find each layer by its address, in a table that is kept while the model
+stays where it is, which is why no CUDA graph can hold them. On a CPU, and where one launch cannot read all layers in
+the same way, the definition in plain torch runs: autograd needs nothing else here.
 """
 
 from collections.abc import Sequence
@@ -12,8 +15,7 @@ from torch import Tensor
 from sdp_kernels.alignment.reference import aligned_weight_loss_reference
 from sdp_kernels.checks import check_above, check_choice, check_dims, check_pair
 from sdp_kernels.dispatch import choose_backend, without_autocast
-from sdp_kernels.masked_linear.bitmask import BitMask
-from sdp_kernels.masked_linear.op import check_mask
+from sdp_kernels.masks import BitMask, as_bool, check_mask
 
 OFFERS = ("triton", "reference")
 
@@ -49,6 +51,13 @@ def aligned_weight_loss(
             where they no longer are.
         ValueError: no layers, lists of different lengths, shapes or devices that differ, eps <= 0.
         TypeError: a weight is not floating-point, or a mask is neither bool nor `BitMask`.
+
+    Example:
+        >>> reference = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+        >>> mask = torch.tensor([[True, False], [True, True]])  # the first row loses its larger weight
+        >>> loss = aligned_weight_loss([reference.clone().requires_grad_()], [reference], masks=[mask])
+        >>> round(loss.item(), 4), loss.requires_grad
+        (0.2, True)
     """
     check_choice("kind", kind, ("cosine", "frobenius"))
     check_above("eps", eps, 0)
@@ -80,7 +89,7 @@ def _as_tensors(masks: Sequence[Tensor | BitMask] | None) -> list[Tensor]:
         return []
     if all(isinstance(mask, BitMask) for mask in masks):
         return [mask.words for mask in masks if isinstance(mask, BitMask)]
-    return [mask.to_bool() if isinstance(mask, BitMask) else mask for mask in masks]
+    return [as_bool(mask) for mask in masks]
 
 
 def _against_triton(weights: Sequence[Tensor], references: Sequence[Tensor], masks: Sequence[Tensor]) -> list[str]:
@@ -133,14 +142,7 @@ def _aligned_weights_backward(
 
 
 @_aligned_weights_backward.register_fake
-def _(
-    scale: Tensor,
-    weights: Sequence[Tensor],
-    references: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    saved: Tensor,
-    cosine: bool,
-) -> Tensor:
+def _(scale: Tensor, weights: Sequence[Tensor], *others: Any) -> Tensor:
     return weights[0].new_empty(sum(weight.numel() for weight in weights))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.checks import compute_dtype
-from sdp_kernels.masked_linear.bitmask import BitMask
+from sdp_kernels.masks import BitMask, as_bool
 
 
 def aligned_weight_loss_reference(
@@ -24,8 +24,7 @@ def aligned_weight_loss_reference(
     distances = []
     for index, (weight, reference) in enumerate(zip(weights, references, strict=True)):
         if masks is not None:
-            mask = masks[index]
-            weight = torch.where(mask.to_bool() if isinstance(mask, BitMask) else mask, weight, 0)
+            weight = torch.where(as_bool(masks[index]), weight, 0)
         distances.append(distance(weight.to(dtype), reference.to(dtype), eps).to(weights[0].device))
     return torch.stack(distances).mean()
 

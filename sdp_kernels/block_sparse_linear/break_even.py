@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from sdp_kernels.block_sparse_linear import cpu
 from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
+from sdp_kernels.cpu_engine import availability
 
 
 class Edge(NamedTuple):
@@ -95,6 +95,6 @@ def _path(dtype: torch.dtype, backend: str) -> str:
     """The key of `BREAK_EVEN`."""
     if backend == "triton":
         return "triton"
-    if not cpu.is_compiled(dtype):
+    if not availability.is_compiled(dtype):
         return "gathered"
-    return "compiled bfloat16" if dtype == torch.bfloat16 and cpu.multiplies_bfloat16() else "compiled"
+    return "compiled bfloat16" if dtype == torch.bfloat16 and availability.multiplies_bfloat16() else "compiled"

@@ -19,17 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from sdp_kernels.block_sparse_linear.launch import (
-    STEP,
-    TUNED,
-    ProductClass,
-    choose_launch,
-    choose_splits,
-    values_step,
-    values_warps,
-)
+from sdp_kernels.block_sparse_linear.launch import TUNED, ProductClass, choose_splits
 from sdp_kernels.dispatch import capability_of, float32_precision, on_its_device
-from sdp_kernels.spec import KernelConfig
+from sdp_kernels.masks import Walk
+from sdp_kernels.spec import TRITON_NAMES, KernelConfig
+from sdp_kernels.tiles.launch import STEP, choose_launch, values_step, values_warps
 
 __all__ = ["OutOfResources", "configurations", "product", "values_gradient"]
 
@@ -47,14 +41,12 @@ def product(
     input: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    offsets: Tensor,
-    neighbours: Tensor,
-    positions: Tensor | None,
+    walk: Walk,
     order: Tensor,
     out_features: int,
     activation: str | None,
 ) -> Tensor:
-    """As cpu.product; `order` names the rows of blocks, the fullest first."""
+    """As `cpu_engine.product`; `order` names the rows of blocks, the fullest first."""
     tokens, in_features = input.shape
     blocks, height, width = values.shape
     output = input.new_empty(tokens, out_features)
@@ -75,9 +67,9 @@ def product(
         input,
         values,
         input if bias is None else bias.contiguous(),
-        offsets,
-        neighbours,
-        neighbours if positions is None else positions,
+        walk.offsets,
+        walk.neighbours,
+        walk.neighbours if walk.positions is None else walk.positions,
         order,
         sums,
         tokens,
@@ -92,7 +84,7 @@ def product(
         STEP=STEP,
         BLOCK_TOKENS=launch.block_tokens,
         WHOLE_INPUT=in_features % width == 0,
-        PERMUTED=positions is not None,
+        PERMUTED=walk.positions is not None,
         SPLIT=splits > 1,
         PRECISION=float32_precision(),
         num_warps=launch.num_warps,
@@ -117,7 +109,7 @@ def product(
 def values_gradient(
     gradient: Tensor, input: Tensor, block_rows: Tensor, neighbours: Tensor, block_shape: tuple[int, int]
 ) -> Tensor:
-    """As gathered.values_product, from the row of each block; one program a block."""
+    """As `cpu_engine.values_product`, from the row of each block; one program a block."""
     height, width = block_shape
     blocks = neighbours.numel()
     result = input.new_empty(blocks, height, width)
@@ -338,7 +330,7 @@ BLOCK_SHAPES = ((16, 16), (32, 32), (64, 64), (128, 128), (128, 32), (64, 32), (
 
 def configurations(capability: int = 120) -> Iterator[KernelConfig]:
     """The kernels as they are launched on a capability; by default on the one with the least shared memory."""
-    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+    for dtype, name in TRITON_NAMES.items():
         indices = dict.fromkeys(("offsets", "columns", "positions", "order", "block_rows"), "*i32")
         sizes = dict.fromkeys(
             ("tokens", "in_features", "out_features", "lines", "group_tiles", "elements", "splits"), "i32"

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.checks import check_dims, check_floating
-from sdp_kernels.masked_linear.bitmask import BitMask
-from sdp_kernels.masked_linear.op import check_mask
+from sdp_kernels.masks import BitMask, as_bool, check_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +72,11 @@ class BlockSparseMatrix:
 
     Raises:
         ValueError: a field of a wrong shape, dtype or device; indices out of range or not sorted.
+
+    Example:
+        >>> matrix = BlockSparseMatrix.from_dense(torch.tensor([[0.0, 0.0, 5.0, 6.0]]), (1, 2))
+        >>> matrix.col_indices, matrix.density
+        (tensor([1], dtype=torch.int32), 0.5)
     """
 
     values: Tensor
@@ -115,7 +119,7 @@ class BlockSparseMatrix:
         shape, sides = (weight.shape[0], weight.shape[1]), (int(block_shape[0]), int(block_shape[1]))
         if mask is not None:
             check_mask("mask", mask, weight)
-            mask = mask.to_bool() if isinstance(mask, BitMask) else mask
+            mask = as_bool(mask)
             weight = torch.where(mask, weight, 0)
         if weight.isnan().any():
             raise ValueError("weight must not hold NaN")

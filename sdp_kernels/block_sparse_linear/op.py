@@ -1,4 +1,12 @@
-"""Block-sparse linear map: public function, checks, autograd, registration."""
+"""Block-sparse linear map: public function, checks, autograd, registration.
+
+A product walks along the kept blocks of each row of blocks. On a GPU the column of the next step is loaded one step
+ahead, because a load whose address waits for another load cannot be pipelined; rows are taken the fullest first, so
+that no long one is left at the end; and with few tokens several programs share a row, whose sums are added in a fixed
+order. On a CPU a tile of the output stays in registers while all blocks of a row pass by. Where so many blocks are kept
+that a dense product is estimated to be faster (break_even.py), a dense weight is made for it and thrown away: to keep
+it would double the memory of a layer whose point is to be small.
+"""
 
 import math
 from dataclasses import replace
@@ -8,15 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from sdp_kernels import cpu_engine
 from sdp_kernels.block_sparse_linear.break_even import edge_passed
 from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
 from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS, block_sparse_linear_reference
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from sdp_kernels.dispatch import autocast_dtype, choose_backend, without_autocast
-
-OFFERS = ("triton", "cpu", "reference")
-PLAIN = (Tensor, torch.nn.Parameter)
-KERNEL_SIDES = (16, 32, 64, 128)
+from sdp_kernels.dispatch import OFFERS, PLAIN, autocast_dtype, choose_backend, without_autocast
+from sdp_kernels.masks import Walk
+from sdp_kernels.tiles.launch import KERNEL_SIDES
 
 
 def block_sparse_linear(
@@ -51,19 +58,18 @@ def block_sparse_linear(
         ValueError: shapes, dtypes or devices do not fit, or an unknown activation or path.
         TypeError: the weight is no `BlockSparseMatrix`, or a tensor is not floating-point.
         RuntimeError: on double backward of the sparse path, unless on the backend "reference".
+
+    Example:
+        >>> dense = torch.block_diag(torch.ones(16, 16), torch.ones(16, 16))
+        >>> weight = BlockSparseMatrix.from_dense(dense, (16, 16))
+        >>> output = block_sparse_linear(torch.ones(3, 32), weight, activation="relu")
+        >>> output.shape, output.unique().item(), weight.density
+        (torch.Size([3, 32]), 16.0, 0.5)
     """
     check_choice("activation", activation, tuple(ACTIVATIONS))
     check_choice("path", path, ("auto", "sparse", "dense"))
     _check_tensors(input, weight, bias)
-    values = weight.values
-    dtype = autocast_dtype(input)
-    if dtype is not None:
-        input, values = input.to(dtype), values.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    for name, tensor in (("weight", values), ("bias", bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
-
+    input, values, bias = _in_one_dtype(input, weight.values, bias)
     backend = choose_backend("block_sparse_linear", (input, values), OFFERS, _against_triton(weight.block_shape))
     tokens = math.prod(input.shape[:-1])
     if (
@@ -74,6 +80,13 @@ def block_sparse_linear(
         matrix = replace(weight, values=values)
         with without_autocast(input):
             return block_sparse_linear_reference(input, matrix, bias, activation=activation)
+    return _sparse_product(input, values, bias, weight, activation, backend)
+
+
+def _sparse_product(
+    input: Tensor, values: Tensor, bias: Tensor | None, weight: BlockSparseMatrix, activation: str | None, backend: str
+) -> Tensor:
+    """By the operator, or by its function where nothing watches; `values` take the place of those of the weight."""
     # The backward of an activation needs what came into it, which a fused one does not keep.
     trains = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (input, values, bias) if tensor is not None
@@ -88,20 +101,32 @@ def block_sparse_linear(
         input.reshape(-1, weight.shape[1]),
         values,
         bias,
-        weight.crow_indices,
-        weight.col_indices,
-        lists.block_rows,
-        lists.row_order,
-        lists.ccol_indices,
-        lists.row_indices,
-        lists.positions,
-        lists.column_order,
-        weight.shape[0],
-        None if trains else activation,
-        backend,
+        crow_indices=weight.crow_indices,
+        col_indices=weight.col_indices,
+        block_rows=lists.block_rows,
+        row_order=lists.row_order,
+        ccol_indices=lists.ccol_indices,
+        row_indices=lists.row_indices,
+        positions=lists.positions,
+        column_order=lists.column_order,
+        out_features=weight.shape[0],
+        activation=None if trains else activation,
+        backend=backend,
     )
     output = output.view(*input.shape[:-1], weight.shape[0])
     return ACTIVATIONS[activation](output) if trains else output
+
+
+def _in_one_dtype(input: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Converted as autocast says, or as they are if they agree."""
+    dtype = autocast_dtype(input)
+    if dtype is not None:
+        input, values = input.to(dtype), values.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, tensor in (("weight", values), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
+    return input, values, bias
 
 
 def _against_triton(block_shape: tuple[int, int]) -> list[str]:
@@ -138,13 +163,24 @@ def _compute(
     backend: str,
 ) -> Tensor:
     """(tokens, in) -> (tokens, out). The lists of the block columns are here for the backward."""
+    return _product(input, values, bias, Walk(crow_indices, col_indices), row_order, out_features, activation, backend)
+
+
+def _product(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    walk: Walk,
+    order: Tensor,
+    out_features: int,
+    activation: str | None,
+    backend: str,
+) -> Tensor:
     if backend == "triton":
         from sdp_kernels.block_sparse_linear.kernel import product
 
-        return product(input, values, bias, crow_indices, col_indices, None, row_order, out_features, activation)
-    from sdp_kernels.block_sparse_linear.cpu import product as cpu_product
-
-    return cpu_product(input, values, bias, crow_indices, col_indices, None, out_features, activation)
+        return product(input, values, bias, walk, order, out_features, activation)
+    return cpu_engine.product(input, values, bias, walk, out_features, activation)
 
 
 _block_sparse_linear = torch.library.custom_op("sdp_kernels::block_sparse_linear", _compute, mutates_args=())
@@ -172,34 +208,19 @@ def _block_sparse_linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and values, in their dtype; empty where not needed."""
-    input_gradient, values_gradient = input.new_empty(0), values.new_empty(0)
-    in_features = input.shape[1]
-    if backend == "triton":
-        from sdp_kernels.block_sparse_linear.kernel import product
-        from sdp_kernels.block_sparse_linear.kernel import values_gradient as values_product
+    of_input, of_values = input.new_empty(0), values.new_empty(0)
+    if need_input:
+        across, walk = values.transpose(1, 2), Walk(ccol_indices, row_indices, positions)
+        of_input = _product(gradient, across, None, walk, column_order, input.shape[1], None, backend)
+    if need_values:
+        block_shape = (values.shape[1], values.shape[2])
+        if backend == "triton":
+            from sdp_kernels.block_sparse_linear.kernel import values_gradient
 
-        if need_input:
-            across = values.transpose(1, 2)
-            input_gradient = product(
-                gradient, across, None, ccol_indices, row_indices, positions, column_order, in_features, None
-            )
-        if need_values:
-            values_gradient = values_product(
-                gradient, input, block_rows, col_indices, (values.shape[1], values.shape[2])
-            )
-    else:
-        from sdp_kernels.block_sparse_linear.cpu import product as cpu_product
-        from sdp_kernels.block_sparse_linear.gathered import values_product as cpu_values_product
-
-        if need_input:
-            across = values.transpose(1, 2)
-            input_gradient = cpu_product(
-                gradient, across, None, ccol_indices, row_indices, positions, in_features, None
-            )
-        if need_values:
-            block_shape = (values.shape[1], values.shape[2])
-            values_gradient = cpu_values_product(gradient, input, crow_indices, col_indices, block_shape)
-    return input_gradient, values_gradient
+            of_values = values_gradient(gradient, input, block_rows, col_indices, block_shape)
+        else:
+            of_values = cpu_engine.values_product(gradient, input, crow_indices, col_indices, block_shape)
+    return of_input, of_values
 
 
 @_block_sparse_linear_backward.register_fake

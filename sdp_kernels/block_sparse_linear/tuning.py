@@ -22,19 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdp_kernels.block_sparse_linear.launch import (
-    DEVICES,
-    SPLITS,
-    TUNED,
-    Launch,
-    ProductClass,
-    TunedLaunch,
-    choose_launch,
-    shared_memory,
-)
+from sdp_kernels.block_sparse_linear.launch import SPLITS, TUNED, ProductClass, TunedLaunch
 from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
 from sdp_kernels.compile_ahead import Specialisation, compile_ahead, recorded
 from sdp_kernels.dispatch import capability_of
+from sdp_kernels.masks import Walk
+from sdp_kernels.tiles.launch import DEVICES, KERNEL_SIDES, Launch, choose_launch, shared_memory
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CALLS = 10  # in one time on a GPU
@@ -75,18 +68,18 @@ def tune(weight: BlockSparseMatrix, tokens: int, *, repeats: int = 20) -> Tuning
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number!r}")
     values, device = weight.values, weight.values.device
-    if values.dtype not in DTYPES.values() or not set(weight.block_shape) <= {16, 32, 64, 128}:
+    if values.dtype not in DTYPES.values() or not set(weight.block_shape) <= set(KERNEL_SIDES):
         raise ValueError(
             f"weight must have a dtype of {list(DTYPES)} and block sides of 16, 32, 64 or 128, "
             f"got {values.dtype} and {weight.block_shape}"
         )
     input = torch.randn(tokens, weight.shape[1], device=device, dtype=values.dtype)
-    indices = (weight.crow_indices, weight.col_indices, None, weight.lists.row_order)
+    walk = Walk(weight.crow_indices, weight.col_indices)
     key = ProductClass.of(tokens, weight.shape, weight.block_shape, values.dtype)
     before = TUNED.pop(key, None)
 
     def call() -> Tensor:
-        return product(input, values.detach(), None, *indices, weight.shape[0], None)
+        return product(input, values.detach(), None, walk, weight.lists.row_order, weight.shape[0], None)
 
     tried = list(candidates(tokens, weight.block_shape[0], values.dtype, capability_of(device)))
     times: dict[TunedLaunch, float] = {}

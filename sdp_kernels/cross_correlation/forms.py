@@ -9,10 +9,12 @@ and never makes a dim x dim matrix. It subtracts the diagonal, which is safe onl
 above that the diagonal may be nearly the whole sum.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+
+from sdp_kernels.checks import check_at_least, check_choice
 
 Form = Literal["gram", "matrix"]
 
@@ -28,9 +30,19 @@ class Options(NamedTuple):
     center: bool
     residual: bool  # correlate (student - teacher) with the teacher: the diagonal should be 0 instead of 1
     eps: float
-    form: str  # a `Form`: operators know text only
-    student_gradient: bool  # make it
-    teacher_gradient: bool
+    form: str  # a `Form`, or "auto" until sizes are known: operators know text only
+    student_gradient: bool = False  # make it
+    teacher_gradient: bool = False
+
+
+class LossOptions(TypedDict, total=False):
+    """The plain options of `cross_correlation_loss`, for functions that pass them on."""
+
+    off_diagonal_weight: float
+    center: bool
+    target: Literal["identity", "teacher"]
+    eps: float
+    form: Literal["auto", "gram", "matrix"]
 
 
 class Products(NamedTuple):
@@ -45,6 +57,41 @@ class Products(NamedTuple):
 def choose_form(batch: int, dim: int) -> Form:
     """The form that is both cheaper and safe for these sizes."""
     return "gram" if batch <= dim // 2 else "matrix"
+
+
+def checked_options(
+    *,
+    off_diagonal_weight: float = 5e-3,
+    center: bool = True,
+    target: str = "identity",
+    eps: float = 1e-12,
+    form: str = "auto",
+) -> Options:
+    """The options of `cross_correlation_loss`; no gradients yet, and the form may still be "auto".
+
+    Raises:
+        ValueError: a number out of its range, or an unknown target or form.
+    """
+    check_at_least("off_diagonal_weight", off_diagonal_weight, 0)
+    check_at_least("eps", eps, 0)
+    check_choice("target", target, ("identity", "teacher"))
+    check_choice("form", form, ("auto", "gram", "matrix"))
+    return Options(float(off_diagonal_weight), center, target == "teacher", float(eps), form)
+
+
+def decided_options(
+    options: Options, batch: int, dim: int, *, student_gradient: bool, teacher_gradient: bool
+) -> Options:
+    """The options with a form for these sizes, and with the gradients that are to be made."""
+    form = choose_form(batch, dim) if options.form == "auto" else options.form
+    return Options(
+        options.weight, options.center, options.residual, options.eps, form, student_gradient, teacher_gradient
+    )
+
+
+def holds_columns(batch: int, form: str) -> bool:
+    """Whether the Triton kernels hold whole columns, and so sum over them themselves."""
+    return form == "gram" and batch <= FEW_ROWS
 
 
 def chunk_rows(dim: int) -> int:

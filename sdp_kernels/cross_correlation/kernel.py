@@ -15,20 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sdp_kernels.cross_correlation import kernel_columns, kernel_small
-from sdp_kernels.cross_correlation.forms import FEW_ROWS, Options, chunk_rows
+from sdp_kernels.cross_correlation.forms import Options, chunk_rows, holds_columns
 from sdp_kernels.cross_correlation.kernel_columns import BLOCK_BATCH, BLOCK_DIM, Columns, normalise, row_chunks
 from sdp_kernels.cross_correlation.kernel_tiles import (
     COUNTS,
-    load_tile,
     load_units,
     result_like,
     slope_of,
-    store_tile,
     through_norm,
     types_of,
 )
 from sdp_kernels.dispatch import on_its_device
 from sdp_kernels.spec import KernelConfig
+from sdp_kernels.tiles.kernel_columns import load_tile, store_tile
 
 LOSS_ROWS, LOSS_COLUMNS = 32, 128  # one tile of C
 
@@ -37,11 +36,7 @@ Products = tuple[Tensor | None, Tensor | None]  # what gradients by student and 
 
 @on_its_device
 def loss_and_gradients(
-    student: Tensor,
-    teacher: Tensor,
-    sample_weight: Tensor | None,
-    options: Options,
-    statistics: Tensor | None = None,
+    student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.loss_and_gradients, in float32; inputs of one half-precision dtype are multiplied in it.
 
@@ -57,7 +52,7 @@ def loss_and_gradients(
     student, teacher = student.contiguous(), teacher.contiguous()
     if sample_weight is not None:
         sample_weight = sample_weight.float().contiguous()
-    if statistics is None and options.form == "gram" and student.shape[0] <= FEW_ROWS:
+    if statistics is None and holds_columns(student.shape[0], options.form):
         return kernel_small.loss_and_gradients(student, teacher, sample_weight, options)
     batch, dim = student.shape
     chunks, rows = row_chunks(batch, dim)

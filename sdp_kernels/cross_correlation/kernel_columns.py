@@ -15,14 +15,12 @@ from sdp_kernels.cross_correlation.kernel_tiles import (
     COUNTS,
     DEAD_LIMIT,
     inverse_norm,
-    load_rows,
     product_dtype,
-    store_tile,
-    tile_statistics,
     types_of,
     unit_columns,
 )
 from sdp_kernels.spec import KernelConfig
+from sdp_kernels.tiles.kernel_columns import load_rows, store_tile, tile_statistics
 
 BLOCK_BATCH, BLOCK_DIM = 32, 64  # one tile of a strip
 PROGRAMS = 512  # enough to fill a large device

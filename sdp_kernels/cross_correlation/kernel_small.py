@@ -20,19 +20,17 @@ from sdp_kernels.cross_correlation.kernel_tiles import (
     COUNTS,
     DEAD_LIMIT,
     inverse_norm,
-    load_rows,
     load_units,
     product_dtype,
     result_like,
     slope_of,
-    store_tile,
     through_norm,
-    tile_statistics,
     types_of,
     unit_columns,
 )
 from sdp_kernels.dispatch import float32_precision
 from sdp_kernels.spec import KernelConfig
+from sdp_kernels.tiles.kernel_columns import load_rows, store_tile, tile_statistics
 
 BLOCK_DIM = 32
 BLOCK_INNER = 16  # rows of a product taken at a time

@@ -1,4 +1,4 @@
-"""What the kernels share: tiles of rows and columns, and the little formulas on them.
+"""What the kernels of this loss share: unit columns made again from the inputs, and the little formulas on them.
 
 Quotients and roots are rounded as IEEE 754 says: a GPU's own are wrong in the last bits, and near convergence these
 losses consist of the last bits.
@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sdp_kernels.cross_correlation.reference import DEAD_EPSILONS
+from sdp_kernels.spec import TRITON_NAMES
+from sdp_kernels.tiles.kernel_columns import load_rows
 
 # Arguments that say how many rows or parts there are: a kernel compiled for each kind of number would be no faster.
 COUNTS = ["batch", "chunk_rows", "chunks", "parts", "strips"]
@@ -36,7 +38,7 @@ def result_like(features: Tensor, wanted: bool) -> Tensor:
 
 def types_of(dtype: torch.dtype) -> dict[str, str]:
     """Triton's type of every argument of these kernels by its name, for features of `dtype`."""
-    features = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    features = f"*{TRITON_NAMES[dtype]}"
     integers = ("batch", "dim", "rows", "chunk_rows", "chunks", "first_row", "strips", "parts", "entries")
     floats = ("statistics", "sums", "columns", "gram_parts", "loss_parts", "loss", "sample_weight")
     products = ("left", "right", "student_product", "teacher_product", "correlation", "gram")
@@ -47,24 +49,6 @@ def types_of(dtype: torch.dtype) -> dict[str, str]:
         | dict.fromkeys(integers, "i32")
         | {"done": "*i32"}
     )
-
-
-@triton.jit
-def load_rows(pointer, sample_weight, row, column, batch, dim, HAS_WEIGHT: tl.constexpr):
-    """(rows, columns) features as float32 and their (rows, 1) weights; 0 outside.
-
-    Rows without a positive weight are not read, so whatever they hold stays out.
-    """
-    inside = row < batch
-    if HAS_WEIGHT:
-        share = tl.load(sample_weight + row, mask=inside, other=0.0)
-        inside = inside & (share > 0)
-        share = tl.where(inside, share, 0.0)
-    else:
-        share = tl.where(inside, 1.0, 0.0)
-    mask = inside[:, None] & (column < dim)[None, :]
-    offset = row.to(tl.int64)[:, None] * dim + column[None, :]
-    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32), share[:, None]
 
 
 @triton.jit
@@ -94,29 +78,6 @@ def load_units(
     if RESIDUAL:
         s = s - t
     return s, t, share
-
-
-@triton.jit
-def load_tile(pointer, row, column, batch, dim):
-    """(rows, columns) entries in their dtype; 0 outside."""
-    mask = (row < batch)[:, None] & (column < dim)[None, :]
-    return tl.load(pointer + row.to(tl.int64)[:, None] * dim + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tile(pointer, value, row, column, batch, dim):
-    mask = (row < batch)[:, None] & (column < dim)[None, :]
-    offset = row.to(tl.int64)[:, None] * dim + column[None, :]
-    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def tile_statistics(features, share, CENTER: tl.constexpr):
-    """Mean and weighted sum of squares about it, of the columns of one tile."""
-    total = tl.sum(share)
-    mean = tl.div_rn(tl.sum(features * share, 0), tl.maximum(total, 1e-37)) * (1.0 if CENTER else 0.0)
-    centred = features - mean[None, :]
-    return total, mean, tl.sum(centred * centred * share, 0)
 
 
 @triton.jit

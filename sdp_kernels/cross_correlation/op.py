@@ -1,4 +1,13 @@
-"""The cross-correlation loss of self-distilled pruning: public function, checks, autograd, registration."""
+"""The cross-correlation loss of self-distilled pruning: public function, checks, autograd, registration.
+
+There are two ways to it (forms.py), and the sizes choose. For small batches the Gram form is cheaper: it never makes
+the dim x dim matrix C. But it subtracts the diagonal from the sum of all squares, and with more than dim / 2 rows the
+diagonal may be nearly the whole sum. There C itself is made, some rows at a time, and its diagonal zeroed.
+
+The large products are left to cuBLAS and oneDNN, and the kernels do what surrounds them; only few rows, where launches
+cost more than arithmetic, have kernels for the whole job. Gradients are made in the forward pass, from the columns and
+products at hand there, so backward is one multiplication.
+"""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -6,23 +15,18 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.checks import (
-    check_at_least,
-    check_choice,
     check_dims,
     check_pair,
     check_sample_weight,
     check_weight_values,
     compute_dtype,
 )
-from sdp_kernels.cross_correlation.forms import Options, choose_form
+from sdp_kernels.cross_correlation.forms import Options, checked_options, decided_options
 from sdp_kernels.cross_correlation.reference import cross_correlation_loss_reference
-from sdp_kernels.dispatch import choose_backend, without_autocast
+from sdp_kernels.dispatch import OFFERS, PLAIN, choose_backend, without_autocast
 
 if TYPE_CHECKING:
     import torch.distributed as dist
-
-OFFERS = ("triton", "cpu", "reference")
-PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def cross_correlation_loss(
@@ -74,12 +78,16 @@ def cross_correlation_loss(
             are negative or leave fewer rows than that.
         TypeError: an input is not a floating-point tensor.
         RuntimeError: on double backward; gradients are made in the forward pass.
+
+    Example:
+        >>> teacher = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> student = teacher.flip(1).requires_grad_()  # each feature is where the other should be
+        >>> loss = cross_correlation_loss(student, teacher, off_diagonal_weight=0.5)
+        >>> round(loss.item(), 4)
+        3.0
     """
     _check_tensors(student, teacher, sample_weight)
-    check_at_least("off_diagonal_weight", off_diagonal_weight, 0)
-    check_at_least("eps", eps, 0)
-    check_choice("target", target, ("identity", "teacher"))
-    check_choice("form", form, ("auto", "gram", "matrix"))
+    options = checked_options(off_diagonal_weight=off_diagonal_weight, center=center, target=target, eps=eps, form=form)
     if process_group is not None:
         from sdp_kernels.cross_correlation.gather import gather_rows
 
@@ -93,20 +101,20 @@ def cross_correlation_loss(
 
     backend = choose_backend("cross_correlation_loss", (student, teacher), OFFERS)
     if backend == "reference":
-        return _reference(student, teacher, sample_weight, off_diagonal_weight, center, target, eps)
-    loss: Tensor = _CrossCorrelation.apply(  # type: ignore[no-untyped-call]
-        student,
-        teacher,
-        sample_weight,
-        float(off_diagonal_weight),
-        center,
-        target == "teacher",
-        float(eps),
-        choose_form(batch, dim) if form == "auto" else form,
-        backend,
-        torch.is_grad_enabled() and student.requires_grad,
-        torch.is_grad_enabled() and teacher.requires_grad,
-    )
+        with without_autocast(student):
+            return cross_correlation_loss_reference(
+                student,
+                teacher,
+                off_diagonal_weight=off_diagonal_weight,
+                center=center,
+                target=target,
+                eps=eps,
+                sample_weight=sample_weight,
+            )
+    grad = torch.is_grad_enabled()
+    wanted = {"student_gradient": grad and student.requires_grad, "teacher_gradient": grad and teacher.requires_grad}
+    options = decided_options(options, batch, dim, **wanted)
+    loss: Tensor = _CrossCorrelation.apply(student, teacher, sample_weight, options, backend)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -116,28 +124,37 @@ def _check_tensors(student: Tensor, teacher: Tensor, sample_weight: Tensor | Non
     check_sample_weight(sample_weight, student.shape[:1], student)
 
 
-def _reference(
+def loss_and_gradients(
     student: Tensor,
     teacher: Tensor,
     sample_weight: Tensor | None,
-    off_diagonal_weight: float,
-    center: bool,
-    target: Literal["identity", "teacher"],
-    eps: float,
-) -> Tensor:
+    options: Options,
+    backend: str,
+    statistics: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and the gradients asked for (the others empty), all in the compute dtype.
+
+    Args:
+        student: (batch, dim).
+        teacher: (batch, dim).
+        sample_weight: (batch,) or None.
+        options: what to compute.
+        backend: "triton" or "cpu".
+        statistics: sums over the columns that somebody has taken already, as `kernel.loss_and_gradients` describes
+            them; only for "triton".
+    """
     with without_autocast(student):
-        return cross_correlation_loss_reference(
-            student,
-            teacher,
-            off_diagonal_weight=off_diagonal_weight,
-            center=center,
-            target=target,
-            eps=eps,
-            sample_weight=sample_weight,
-        )
+        if backend == "cpu":
+            from sdp_kernels.cross_correlation import cpu
+
+            return cpu.loss_and_gradients(student, teacher, sample_weight, options)
+        from sdp_kernels.cross_correlation import kernel
+
+        return kernel.loss_and_gradients(student, teacher, sample_weight, options, statistics)
 
 
-def _compute(
+@torch.library.custom_op("sdp_kernels::cross_correlation", mutates_args=())
+def _cross_correlation(
     student: Tensor,
     teacher: Tensor,
     sample_weight: Tensor | None,
@@ -150,35 +167,13 @@ def _compute(
     student_gradient: bool,
     teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and the gradients asked for (the others empty), all in the compute dtype."""
-    if backend == "cpu":
-        from sdp_kernels.cross_correlation.cpu import loss_and_gradients
-    else:
-        from sdp_kernels.cross_correlation.kernel import loss_and_gradients
-
-    with without_autocast(student):
-        options = Options(weight, center, residual, eps, form, student_gradient, teacher_gradient)
-        return loss_and_gradients(student, teacher, sample_weight, options)
-
-
-_cross_correlation = torch.library.custom_op("sdp_kernels::cross_correlation", _compute, mutates_args=())
+    options = Options(weight, center, residual, eps, form, student_gradient, teacher_gradient)
+    return loss_and_gradients(student, teacher, sample_weight, options, backend)
 
 
 @_cross_correlation.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    sample_weight: Tensor | None,
-    weight: float,
-    center: bool,
-    residual: bool,
-    eps: float,
-    form: str,
-    backend: str,
-    student_gradient: bool,
-    teacher_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(student, teacher)
+def _(student: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, (student_gradient, teacher_gradient) = compute_dtype(student, teacher), others[-2:]
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty(student.shape if student_gradient else (0,), dtype=dtype),
@@ -193,11 +188,27 @@ class _CrossCorrelation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, sample_weight: Tensor | None, options: Options, backend: str
+    ) -> Tensor:
         watched = torch.compiler.is_compiling() or student.is_meta
-        plain = not watched and type(student) in PLAIN and type(teacher) in PLAIN
-        # The operator's way to the function takes longer than the function on the smallest input.
-        loss, *gradients = (_compute if plain else _cross_correlation)(student, teacher, *options)
+        if not watched and type(student) in PLAIN and type(teacher) in PLAIN:
+            # The operator's way to the function takes longer than the function on the smallest input.
+            loss, *gradients = loss_and_gradients(student, teacher, sample_weight, options, backend)
+        else:
+            loss, *gradients = _cross_correlation(
+                student=student,
+                teacher=teacher,
+                sample_weight=sample_weight,
+                weight=options.weight,
+                center=options.center,
+                residual=options.residual,
+                eps=options.eps,
+                form=options.form,
+                backend=backend,
+                student_gradient=options.student_gradient,
+                teacher_gradient=options.teacher_gradient,
+            )
         ctx.save_for_backward(*gradients)
         ctx.dtypes = student.dtype, teacher.dtype
         return loss
@@ -210,4 +221,4 @@ class _CrossCorrelation(torch.autograd.Function):
             torch.mul(gradient, scale, out=gradient.new_empty(gradient.shape, dtype=dtype)) if needed else None
             for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
-        return (*gradients, *[None] * 9)
+        return (*gradients, None, None, None)

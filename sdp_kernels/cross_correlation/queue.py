@@ -1,5 +1,7 @@
 """Rows of earlier batches, to raise the effective batch of a loss over features."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,24 @@ class RowQueue:
     """The last `size` rows of student and teacher features, without their gradients.
 
     The off-diagonal sum of the cross-correlation loss falls like dim^2 / batch, so small batches mostly fit
-    noise. Adding rows of earlier batches costs memory for them and nothing else:
-
-        queue = RowQueue(1024)
-        loss = cross_correlation_loss(*queue.extend(student, teacher))
+    noise. Adding rows of earlier batches costs memory for them and nothing else.
 
     Only the rows of the current batch receive gradients; the older ones come from weights that have since
-    moved a little. It holds every row it is given, so select the rows that count first. It is no part of a
-    checkpoint: training that resumes starts with an empty queue.
+    moved a little. It holds every row it is given, so select the rows that count first. It is no
+    module: a checkpoint must take its `state_dict` in, or training that resumes starts with an empty queue.
+
+    Args:
+        size: most rows to hold, at least 1.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example:
+        >>> queue = RowQueue(6)
+        >>> for _ in range(3):
+        ...     student, teacher = queue.extend(torch.randn(4, 2), torch.randn(4, 2))
+        >>> student.shape, len(queue)
+        (torch.Size([10, 2]), 6)
     """
 
     def __init__(self, size: int) -> None:
@@ -53,6 +65,21 @@ class RowQueue:
             teacher = torch.cat((teacher, held_teacher.to(teacher)))
         self._rows = student[: self.size].detach().clone(), teacher[: self.size].detach().clone()
         return student, teacher
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows held, "student" and "teacher", (rows, dim) each; {} while there are none."""
+        return {} if self._rows is None else dict(zip(("student", "teacher"), self._rows, strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Hold the rows of a `state_dict` instead of those held now.
+
+        Raises:
+            ValueError: shapes differ.
+            TypeError: they are not floating-point tensors.
+        """
+        self.clear()
+        if state:
+            self.extend(state["student"], state["teacher"])
 
     def clear(self) -> None:
         """Forget all rows."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdp_kernels.checks import compute_dtype
 from sdp_kernels.distillation.reference import leave_out
+from sdp_kernels.distillation.rows import RowLosses, room_for
 
 CHUNK_ELEMENTS = 2**19
 
@@ -27,28 +28,19 @@ def row_losses(
 
 
 def row_gradients(
-    scale: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    sample_weight: Tensor | None,
-    losses: Tensor,
-    statistics: Tensor,
-    kind: str,
-    option: float,
-    student_gradient: bool,
-    teacher_gradient: bool,
+    scale: Tensor, found: RowLosses, kind: str, option: float, student_gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients asked for (the others empty) in the dtypes of their inputs; `scale` is that of each row's loss."""
+    student, teacher, sample_weight, losses, statistics = found
     backward, columns = BACKWARD[kind], student.shape[-1]
-    student_result = student.new_empty(student.shape if student_gradient else (0,))
-    teacher_result = teacher.new_empty(teacher.shape if teacher_gradient else (0,))
+    results = room_for(student, teacher, student_gradient, teacher_gradient)
     numbers = torch.cat((scale.reshape(-1, 1), losses.reshape(-1, 1), statistics), 1)
     for rows, s, t in _chunks(student, teacher, sample_weight):
         gradients = backward(s, t, numbers[rows, :, None].unbind(1), option, student_gradient, teacher_gradient)
-        for result, gradient in zip((student_result, teacher_result), gradients, strict=True):
+        for result, gradient in zip(results, gradients, strict=True):
             if gradient is not None:
                 result.view(-1, columns)[rows] = gradient
-    return student_result, teacher_result
+    return results
 
 
 def _chunks(student: Tensor, teacher: Tensor, sample_weight: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -103,12 +95,7 @@ def _cosine_losses(s: Tensor, t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _cosine_gradients(
-    s: Tensor,
-    t: Tensor,
-    numbers: tuple[Tensor, ...],
-    eps: float,
-    student_gradient: bool,
-    teacher_gradient: bool,
+    s: Tensor, t: Tensor, numbers: tuple[Tensor, ...], eps: float, student_gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     scale, distance, s_norm, t_norm = numbers
     cosine = 1 - distance

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdp_kernels.dispatch import on_its_device
+from sdp_kernels.distillation.rows import STATISTICS, RowLosses, room_for
 from sdp_kernels.spec import KernelConfig
 
 TILES = ((32, 16), (4, 128), (2, 1024), (1, 4096))  # (rows, columns), the narrowest first
@@ -27,13 +28,12 @@ def row_losses(
     student: Tensor, teacher: Tensor, sample_weight: Tensor | None, kind: str, option: float
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row, 0 for rows left out, and its statistics, (rows, numbers); both float32."""
-    kernel, numbers = FORWARD[kind]
     leading, columns = student.shape[:-1], student.shape[-1]
     rows = leading.numel()
     losses = student.new_empty(leading, dtype=torch.float32)
-    statistics = student.new_empty((rows, numbers), dtype=torch.float32)
+    statistics = student.new_empty((rows, STATISTICS[kind]), dtype=torch.float32)
     sizes = tile(columns)
-    kernel[(triton.cdiv(rows, sizes["BLOCK_ROWS"]),)](
+    FORWARD[kind][(triton.cdiv(rows, sizes["BLOCK_ROWS"]),)](
         *as_rows(student),
         *as_rows(teacher),
         losses if sample_weight is None else sample_weight.contiguous(),
@@ -50,21 +50,12 @@ def row_losses(
 
 @on_its_device
 def row_gradients(
-    scale: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    sample_weight: Tensor | None,
-    losses: Tensor,
-    statistics: Tensor,
-    kind: str,
-    option: float,
-    student_gradient: bool,
-    teacher_gradient: bool,
+    scale: Tensor, found: RowLosses, kind: str, option: float, student_gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients asked for (the others empty) in the dtypes of their inputs; `scale` is that of each row's loss."""
+    """As `cpu.row_gradients`."""
+    student, teacher, sample_weight, losses, statistics = found
     rows, columns = losses.numel(), student.shape[-1]
-    student_result = student.new_empty(student.shape if student_gradient else (0,))
-    teacher_result = teacher.new_empty(teacher.shape if teacher_gradient else (0,))
+    results = room_for(student, teacher, student_gradient, teacher_gradient)
     sizes = tile(columns)
     strips = triton.cdiv(columns, sizes["BLOCK_COLUMNS"])
     BACKWARD[kind][(triton.cdiv(rows, sizes["BLOCK_ROWS"]) * strips,)](
@@ -74,8 +65,7 @@ def row_gradients(
         scale.contiguous(),
         losses,
         statistics,
-        student_result,
-        teacher_result,
+        *results,
         rows,
         columns,
         option,
@@ -84,7 +74,7 @@ def row_gradients(
         TEACHER=teacher_gradient,
         **sizes,
     )
-    return student_result, teacher_result
+    return results
 
 
 class Rows(NamedTuple):
@@ -119,6 +109,7 @@ def tile(columns: int) -> dict[str, int]:
 
 
 def warps(block_columns: int) -> int:
+    """Warps of a program, by the length of its tile."""
     return 8 if block_columns == TILES[-1][1] else 4
 
 
@@ -377,7 +368,7 @@ def _at_least(norm, eps):
     return tl.where(norm < eps, eps, norm)  # keeps a NaN
 
 
-FORWARD = {"kl": (_kl_forward_kernel, 4), "cosine": (_cosine_forward_kernel, 2)}  # and its numbers a row
+FORWARD = {"kl": _kl_forward_kernel, "cosine": _cosine_forward_kernel}
 BACKWARD = {"kl": _kl_backward_kernel, "cosine": _cosine_backward_kernel}
 
 

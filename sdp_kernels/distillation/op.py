@@ -1,6 +1,9 @@
 """Distillation losses between rows of a student and a teacher: KL divergence and cosine distance.
 
-Public functions, checks, autograd, registration.
+Public functions, checks, autograd, registration. Both losses read their input once forward and once backward, and keep
+nothing of its size in between: forward leaves a few numbers a row, from which backward makes the softmax or the unit
+vector again. The operator gives a loss a row; their weighted mean is plain torch. On a CPU rows come in chunks that
+stay in the cache, and input that fits into one chunk is left to autograd, which is sooner done.
 """
 
 from typing import Any
@@ -16,24 +19,18 @@ from sdp_kernels.checks import (
     check_weight_values,
     compute_dtype,
 )
-from sdp_kernels.dispatch import choose_backend, without_autocast
+from sdp_kernels.dispatch import OFFERS, choose_backend, without_autocast
 from sdp_kernels.distillation import cpu
 from sdp_kernels.distillation.reference import (
     cosine_distance_loss_reference,
     kl_divergence_loss_reference,
     weighted_mean,
 )
-
-OFFERS = ("triton", "cpu", "reference")
-STATISTICS = {"kl": 4, "cosine": 2}  # numbers a row from which backward makes the gradient again
+from sdp_kernels.distillation.rows import STATISTICS, RowLosses, room_for
 
 
 def kl_divergence_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    sample_weight: Tensor | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, sample_weight: Tensor | None = None
 ) -> Tensor:
     """Kullback-Leibler divergence of the student's class distribution from the teacher's.
 
@@ -58,6 +55,11 @@ def kl_divergence_loss(
         RuntimeError: on double backward, unless the input is small and on a CPU.
         ValueError: shapes or devices differ, there is nothing to average, temperature <= 0.
         TypeError: an input is not a floating-point tensor.
+
+    Example:
+        >>> teacher = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+        >>> round(kl_divergence_loss(torch.zeros(2, 2), teacher).item(), 4)
+        0.0654
     """
     temperature = float(temperature)
     check_above("temperature", temperature, 0)
@@ -92,6 +94,11 @@ def cosine_distance_loss(
         RuntimeError: on double backward, unless the input is small and on a CPU.
         ValueError: shapes or devices differ, there is nothing to average, eps < 0.
         TypeError: an input is not a floating-point tensor.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+        >>> cosine_distance_loss(student, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        tensor(0.5000)
     """
     check_at_least("eps", eps, 0)
     _check_rows(student, teacher, sample_weight, "")
@@ -156,42 +163,17 @@ def _row_losses_backward(
     teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients asked for (the others empty) in the dtypes of their inputs; `scale` is that of each row's loss."""
+    found = RowLosses(student, teacher, sample_weight, losses, statistics)
     if backend == "triton":
         from sdp_kernels.distillation.kernel import row_gradients
     else:
         from sdp_kernels.distillation.cpu import row_gradients
-    return row_gradients(
-        scale,
-        student,
-        teacher,
-        sample_weight,
-        losses,
-        statistics,
-        kind,
-        option,
-        student_gradient,
-        teacher_gradient,
-    )
+    return row_gradients(scale, found, kind, option, student_gradient, teacher_gradient)
 
 
 @_row_losses_backward.register_fake
-def _(
-    scale: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    sample_weight: Tensor | None,
-    losses: Tensor,
-    statistics: Tensor,
-    kind: str,
-    option: float,
-    backend: str,
-    student_gradient: bool,
-    teacher_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        student.new_empty(student.shape if student_gradient else (0,)),
-        teacher.new_empty(teacher.shape if teacher_gradient else (0,)),
-    )
+def _(scale: Tensor, student: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return room_for(student, teacher, *others[-2:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -205,7 +187,21 @@ def _gradients(ctx: Any, scale: Tensor | None, _: None) -> tuple[Tensor | None, 
     if scale is None:  # the losses reach nothing that is differentiated
         return (None,) * 6
     wanted = ctx.needs_input_grad[:2]
-    gradients = _row_losses_backward(scale, *ctx.saved_tensors, *ctx.options, *wanted)
+    student, teacher, sample_weight, losses, statistics = ctx.saved_tensors
+    kind, option, backend = ctx.options
+    gradients = _row_losses_backward(
+        scale=scale,
+        student=student,
+        teacher=teacher,
+        sample_weight=sample_weight,
+        losses=losses,
+        statistics=statistics,
+        kind=kind,
+        option=option,
+        backend=backend,
+        student_gradient=wanted[0],
+        teacher_gradient=wanted[1],
+    )
     return (*(each if needed else None for each, needed in zip(gradients, wanted, strict=True)), *[None] * 4)
 
 

@@ -7,11 +7,7 @@ from sdp_kernels.checks import compute_dtype
 
 
 def kl_divergence_loss_reference(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    sample_weight: Tensor | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, sample_weight: Tensor | None = None
 ) -> Tensor:
     """Mean over rows of sum_c p_c (log p_c - log q_c), times temperature squared.
 

@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sdp_kernels.dispatch import on_its_device
-from sdp_kernels.masked_linear.bitmask import words_shape
-from sdp_kernels.spec import KernelConfig
+from sdp_kernels.masks import words_shape
+from sdp_kernels.spec import TRITON_NAMES, KernelConfig
 
 BITS = 11
 BLOCK_WORDS = 32
@@ -375,7 +375,7 @@ def configurations() -> Iterator[KernelConfig]:
     tile = {"BLOCK_WORDS": BLOCK_WORDS}
     for digit, guessed in ((0, True), (0, False), (1, False), (2, False)):
         yield KernelConfig(_digit_kernel, types, {"DIGIT": digit, "GUESSED": guessed, "BITS": BITS})
-    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+    for dtype, name in TRITON_NAMES.items():
         typed = types | {"scores": f"*{name}"}
         digits = DIGITS[dtype]
         for digit in range(digits - 1):

@@ -1,18 +1,23 @@
-"""From scores to masks: which weights, blocks or rows to keep."""
+"""From scores to masks: which weights, blocks or rows to keep.
+
+The threshold is found by counting the digits of the scores (radix select) instead of sorting them. It is exact, also
+over many matrices together, and needs memory for one chunk and the counts only. Counts are integers, so the order in
+which programs add theirs does not change the result, and position settles ties. On a GPU the state of the search stays
+on the device: the host waits only to refuse NaN and empty masks. Masks are written as words, never as bools.
+"""
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from sdp_kernels.checks import check_choice, check_floating
-from sdp_kernels.dispatch import choose_backend, is_captured
+from sdp_kernels.dispatch import OFFERS, choose_backend, is_captured
 from sdp_kernels.mask_selection.packing import holds_nan, keep_highest, keep_n_of_m
-from sdp_kernels.masked_linear.bitmask import BitMask, block_grid, unpack_bits
+from sdp_kernels.masks import BitMask, block_grid, unpack_bits
 
-OFFERS = ("triton", "cpu", "reference")
 STRUCTURES = ("unstructured", "block", "n:m", "row")
 REDUCTIONS = ("sum", "mean", "max")
 
@@ -21,33 +26,25 @@ Reduction = Literal["sum", "mean", "max"]
 Scope = Literal["tensor", "global"]
 
 
+class SelectionOptions(TypedDict, total=False):
+    """The options of `select_mask`, for its two signatures."""
+
+    structure: Structure
+    block_shape: tuple[int, int] | None
+    block_reduction: Reduction
+    n: int | None
+    m: int | None
+    scope: Scope
+    allow_empty: bool
+
+
 @overload
-def select_mask(
-    scores: Tensor,
-    sparsity: float | None = None,
-    *,
-    structure: Structure = "unstructured",
-    block_shape: tuple[int, int] | None = None,
-    block_reduction: Reduction = "sum",
-    n: int | None = None,
-    m: int | None = None,
-    scope: Scope = "tensor",
-    allow_empty: bool = False,
-) -> BitMask: ...
+def select_mask(scores: Tensor, sparsity: float | None = None, **options: Unpack[SelectionOptions]) -> BitMask: ...
 
 
 @overload
 def select_mask(
-    scores: Sequence[Tensor],
-    sparsity: float | None = None,
-    *,
-    structure: Structure = "unstructured",
-    block_shape: tuple[int, int] | None = None,
-    block_reduction: Reduction = "sum",
-    n: int | None = None,
-    m: int | None = None,
-    scope: Scope = "tensor",
-    allow_empty: bool = False,
+    scores: Sequence[Tensor], sparsity: float | None = None, **options: Unpack[SelectionOptions]
 ) -> list[BitMask]: ...
 
 
@@ -91,6 +88,11 @@ def select_mask(
             NaN score; a matrix that would lose everything. Names the matrix by its index.
         TypeError: scores are not floating-point tensors.
         RuntimeError: inside the capture of a CUDA graph, because the device is waited for.
+
+    Example:
+        >>> select_mask(torch.tensor([[4.0, 1.0], [3.0, 2.0]]), 0.5).to_bool()
+        tensor([[ True, False],
+                [ True, False]])
     """
     matrices = [scores] if isinstance(scores, Tensor) else list(scores)
     check_choice("structure", structure, STRUCTURES)

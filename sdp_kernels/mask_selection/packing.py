@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.mask_selection.threshold import CHUNK_ELEMENTS, kth_smallest
-from sdp_kernels.masked_linear.bitmask import pack_bits, words_shape
+from sdp_kernels.masks import pack_bits, words_shape
 
 
 def keep_highest(units: Sequence[Tensor], pruned: int) -> list[Tensor]:

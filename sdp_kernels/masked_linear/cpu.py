@@ -1,11 +1,10 @@
-"""Products with the kept blocks of a dense weight on a CPU, by the engine of the block-sparse product."""
+"""Products with the kept blocks of a dense weight on a CPU, by the compiled engine or in plain torch."""
 
 import torch
 from torch import Tensor
 
-from sdp_kernels.block_sparse_linear import cpu as block_sparse
-from sdp_kernels.block_sparse_linear.gathered import values_product
-from sdp_kernels.masked_linear.blocks import ActiveBlocks
+from sdp_kernels import cpu_engine
+from sdp_kernels.masks import ActiveBlocks, Walk
 
 # Share of the blocks up to which the dense product is slower, for the compiled engine and for plain torch.
 MOST_DENSE = {True: 0.5, False: 0.3}
@@ -21,7 +20,7 @@ def worthwhile(input: Tensor, lists: ActiveBlocks) -> bool:
 
 def _compiled(dtype: torch.dtype) -> bool:
     """Whether the compiled engine multiplies this dtype."""
-    return dtype == torch.float32 and block_sparse.is_compiled(dtype)
+    return dtype == torch.float32 and cpu_engine.is_compiled(dtype)
 
 
 def product(
@@ -30,7 +29,7 @@ def product(
     """(tokens, in) times the kept blocks of the transposed weight, plus the bias."""
     rows, columns = _by_rows(lists)
     values = _grid(weight, block_shape)[rows, columns]
-    return block_sparse.product(input, values, bias, lists.crow_indices, columns, None, weight.shape[0], None)
+    return cpu_engine.product(input, values, bias, Walk(lists.crow_indices, columns), weight.shape[0], None)
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, lists: ActiveBlocks, block_shape: tuple[int, int]) -> Tensor:
@@ -38,7 +37,7 @@ def input_gradient(gradient: Tensor, weight: Tensor, lists: ActiveBlocks, block_
     columns = _lines(lists.ccol_indices)
     rows = lists.row_indices[: columns.numel()]
     values = _grid(weight, block_shape)[rows, columns].transpose(1, 2)
-    return block_sparse.product(gradient, values, None, lists.ccol_indices, rows, None, weight.shape[1], None)
+    return cpu_engine.product(gradient, values, None, Walk(lists.ccol_indices, rows), weight.shape[1], None)
 
 
 def weight_gradient(
@@ -48,12 +47,12 @@ def weight_gradient(
     rows, columns = _by_rows(lists)
     result = torch.zeros_like(weight, dtype=gradient.dtype, memory_format=torch.contiguous_format)
     if _compiled(gradient.dtype):
-        from sdp_kernels.masked_linear.engine import add_weight_gradient
+        from sdp_kernels.cpu_engine.gradient import add_weight_gradient
 
         slope, x = (tensor.detach().contiguous().numpy() for tensor in (gradient, input))
         add_weight_gradient(slope, x, rows.int().numpy(), columns.numpy(), block_shape, result.numpy())
     else:
-        values = values_product(gradient, input, lists.crow_indices, columns, block_shape)
+        values = cpu_engine.values_product(gradient, input, lists.crow_indices, columns, block_shape)
         _grid(result, block_shape)[rows, columns] = values
     return result.to(weight.dtype)
 

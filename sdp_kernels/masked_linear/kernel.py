@@ -15,38 +15,26 @@ Inputs in half precision are multiplied in it, with float32 accumulation.
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdp_kernels.block_sparse_linear.launch import choose_launch
-from sdp_kernels.cross_correlation.kernel_tiles import load_rows, tile_statistics
 from sdp_kernels.dispatch import float32_precision, on_its_device
 from sdp_kernels.masked_linear import kernel_gradient, kernel_zero
-from sdp_kernels.masked_linear.blocks import ActiveBlocks
-from sdp_kernels.masked_linear.kernel_gradient import BLOCK_SHAPES, DTYPES
-from sdp_kernels.spec import KernelConfig
-
-
-class Teacher(NamedTuple):
-    """Features to compare the output of a product with, column by column."""
-
-    features: Tensor  # (tokens, features), any float dtype
-    sample_weight: Tensor | None  # (tokens,) float32
-    center: bool
+from sdp_kernels.masked_linear.arguments import Teacher
+from sdp_kernels.masked_linear.kernel_gradient import BLOCK_SHAPES
+from sdp_kernels.masks import ActiveBlocks
+from sdp_kernels.spec import TRITON_NAMES, KernelConfig
+from sdp_kernels.tiles.kernel_columns import load_rows, tile_statistics
+from sdp_kernels.tiles.launch import choose_launch
 
 
 @on_its_device
 def masked_product(
-    input: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    transposed: bool,
-    teacher: Teacher | None = None,
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, transposed: bool, teacher: Teacher | None = None
 ) -> tuple[Tensor, Tensor]:
     """The input times the transposed masked weight, plus the bias; or times the masked weight itself.
 
@@ -371,11 +359,11 @@ def configurations() -> Iterator[KernelConfig]:
     """Every kernel as it is launched, with inputs of each dtype, and a float32 weight under autocast."""
     others = dict.fromkeys(("tokens", "rows", "columns", "input_stride", "features", "blocks"), "i32")
     others |= {"offsets": "*i32", "neighbours": "*i32", "sample_weight": "*fp32", "statistics": "*fp32"}
-    for name, dtype in DTYPES.items():
+    for dtype, name in TRITON_NAMES.items():
         half = dtype != torch.float32
         types = others | dict.fromkeys(("input", "bias", "output", "teacher"), f"*{name}")
-        for weight in {name, "fp32"}:
-            typed = types | {"weight": f"*{weight}"}
+        for weight in {dtype, torch.float32}:
+            typed = types | {"weight": f"*{TRITON_NAMES[weight]}"}
             for packed, tokens, kind in product((True, False), (1, 64), EPILOGUES):
                 block_tokens, features, step, stages = _masked_launch(tokens, dtype)
                 constants = {"PACKED": packed, "BLOCK_TOKENS": block_tokens, "FEATURES": features, "STEP": step}
@@ -383,7 +371,7 @@ def configurations() -> Iterator[KernelConfig]:
                 yield KernelConfig(_masked_kernel, used, constants | kind, 4, stages, tensor_cores=half)
             for block_shape, tokens, kind in product(BLOCK_SHAPES, (16, 4096), EPILOGUES):
                 height, width = block_shape[::-1] if kind["TRANSPOSED"] else block_shape
-                block_tokens, warps, stages = _blocks_launch(tokens, height, dtype, DTYPES[weight])
+                block_tokens, warps, stages = _blocks_launch(tokens, height, dtype, weight)
                 constants = {"BLOCK_TOKENS": block_tokens, "HEIGHT": height, "WIDTH": width, "STEP": 64}
                 yield KernelConfig(_blocks_kernel, typed, constants | kind, warps, stages, tensor_cores=half)
     yield from kernel_gradient.configurations()

@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdp_kernels.block_sparse_linear.launch import values_step, values_warps
 from sdp_kernels.dispatch import float32_precision, on_its_device
-from sdp_kernels.masked_linear.blocks import ActiveBlocks
-from sdp_kernels.spec import KernelConfig
+from sdp_kernels.masks import ActiveBlocks
+from sdp_kernels.spec import TRITON_NAMES, KernelConfig
+from sdp_kernels.tiles.launch import values_step, values_warps
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCK_SHAPES = ((16, 16), (32, 32), (64, 64), (128, 128), (128, 32), (16, 64))
 
 
@@ -163,7 +162,7 @@ def configurations() -> Iterator[KernelConfig]:
     """Both kernels for inputs of each dtype and every kind of mask."""
     others = dict.fromkeys(("tokens", "rows", "columns"), "i32")
     others |= {"offsets": "*i32", "neighbours": "*i32", "gate": "*fp32"}
-    for name, dtype in DTYPES.items():
+    for dtype, name in TRITON_NAMES.items():
         half = dtype != torch.float32
         types = others | dict.fromkeys(("input", "weight", "output", "gradient"), f"*{name}")
         precision: dict[str, Any] = {"PRECISION": "ieee"}

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdp_kernels.masked_linear.bitmask import BitMask
+from sdp_kernels.masks import BitMask, as_bool
 
 
 def masked_linear_reference(
@@ -18,8 +18,7 @@ def masked_linear_reference(
     block_gate: Tensor | None = None,
 ) -> Tensor:
     """F.linear with the pruned weights replaced by 0; see `masked_linear`."""
-    keep = mask.to_bool() if isinstance(mask, BitMask) else mask
-    used = torch.where(keep, weight, 0)
+    used = torch.where(as_bool(mask), weight, 0)
     if gradient == "dense":
         used = used.detach() + (weight - weight.detach())
     if block_gate is not None:
@@ -31,5 +30,4 @@ def masked_linear_reference(
 
 def zero_reference(weight: Tensor, mask: Tensor | BitMask) -> Tensor:
     """A copy of the weight with +0.0 where it is pruned."""
-    keep = mask.to_bool() if isinstance(mask, BitMask) else mask
-    return torch.where(keep, weight.detach(), 0)
+    return torch.where(as_bool(mask), weight.detach(), 0)

@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from sdp_kernels.checks import check_floating
-from sdp_kernels.dispatch import choose_backend
-from sdp_kernels.masked_linear.bitmask import BitMask
-from sdp_kernels.masked_linear.masking import mask_
-from sdp_kernels.masked_linear.op import check_mask
-
-OFFERS = ("triton", "cpu", "reference")
+from sdp_kernels.dispatch import OFFERS, choose_backend
+from sdp_kernels.masks import BitMask, as_bool, as_tensor, check_mask, mask_
 
 
 @torch.no_grad()
@@ -26,6 +22,12 @@ def zero_(weights: Tensor | Sequence[Tensor], masks: Tensor | BitMask | Sequence
         ValueError: not as many masks as weights, or shapes or devices differ.
         TypeError: a weight is not floating-point, or a mask is neither bool nor `BitMask`.
         RuntimeError: inside the capture of a CUDA graph, with weights and masks that it was not called with before.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([[2.0, float("nan")]]))
+        >>> zero_(weight, torch.tensor([[True, False]]))
+        >>> weight.tolist()
+        [[2.0, 0.0]]
     """
     weight_list = [weights] if isinstance(weights, Tensor) else list(weights)
     mask_list = [masks] if isinstance(masks, Tensor | BitMask) else list(masks)
@@ -35,14 +37,10 @@ def zero_(weights: Tensor | Sequence[Tensor], masks: Tensor | BitMask | Sequence
         check_floating(f"weights[{index}]", weight)
         check_mask(f"masks[{index}]", mask, weight)
     if weight_list and choose_backend("zero_", weight_list, OFFERS) == "triton":
-        _zero_tensors_(
-            [weight.detach() for weight in weight_list],
-            [mask.words if isinstance(mask, BitMask) else mask for mask in mask_list],
-        )
+        _zero_tensors_([weight.detach() for weight in weight_list], list(map(as_tensor, mask_list)))
         return
     for weight, mask in zip(weight_list, mask_list, strict=True):
-        keep = mask.to_bool() if isinstance(mask, BitMask) else mask
-        mask_(weight.detach(), keep)
+        mask_(weight.detach(), as_bool(mask))
 
 
 @torch.library.custom_op("sdp_kernels::zero_", mutates_args=("weights",))

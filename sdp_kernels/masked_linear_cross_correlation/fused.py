@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdp_kernels.cross_correlation.forms import Options
+from sdp_kernels.cross_correlation import Options, loss_and_gradients
 from sdp_kernels.dispatch import without_autocast
-from sdp_kernels.masked_linear.blocks import ActiveBlocks
-from sdp_kernels.masked_linear.op import _masked_linear_backward
+from sdp_kernels.masked_linear import Masking, Teacher, kernel_product, masked_linear_backward
 
 
 @torch.library.custom_op("sdp_kernels::masked_linear_cross_correlation", mutates_args=())
@@ -34,21 +33,15 @@ def loss_and_output(
     teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and output, and the gradients of the loss by output and teacher, empty where not asked for."""
-    from sdp_kernels.cross_correlation.kernel import loss_and_gradients
-    from sdp_kernels.masked_linear.kernel import Teacher, blocks_product, masked_product
-
     dtype = dtype or input.dtype
     sample_weight = None if sample_weight is None else sample_weight.float().contiguous()
     options = Options(off_diagonal_weight, center, residual, eps, form, output_gradient, teacher_gradient)
     with without_autocast(input):
         target = Teacher(teacher.contiguous(), sample_weight, center)
         rows, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-        if lists:
-            sides = (block_rows, block_columns)
-            output, statistics = blocks_product(rows, weight, bias, ActiveBlocks(*lists), sides, False, target)
-        else:
-            output, statistics = masked_product(rows, weight, mask, bias, False, target)
-        loss, *gradients = loss_and_gradients(output, target.features, sample_weight, options, statistics)
+        masking = Masking(mask, lists, (block_rows, block_columns), "triton")
+        output, statistics = kernel_product(rows, weight, bias, masking, teacher=target)
+        loss, *gradients = loss_and_gradients(output, target.features, sample_weight, options, "triton", statistics)
     return loss, output, gradients[0], gradients[1]
 
 
@@ -82,19 +75,21 @@ def _backward(ctx: Any, scale: Tensor | None, gradient: Tensor | None, *_: Any) 
         share = (of_output * scale).to(dtype)
         gradient = share if gradient is None else share + gradient
     if gradient is not None and (need_input or need_weight or need_bias):
-        of_input, of_weight, _ = _masked_linear_backward(
-            gradient,
-            input,
-            weight,
-            mask,
-            lists,
-            *ctx.sides,
-            *weight.shape,
-            ctx.dense_gradient,
-            need_input,
-            need_weight,
-            False,
-            "triton",
+        of_input, of_weight, _ = masked_linear_backward(
+            gradient=gradient,
+            input=input,
+            weight=weight,
+            mask=mask,
+            lists=lists,
+            block_rows=ctx.sides[0],
+            block_columns=ctx.sides[1],
+            gate_rows=weight.shape[0],
+            gate_columns=weight.shape[1],
+            dense_gradient=ctx.dense_gradient,
+            need_input=need_input,
+            need_weight=need_weight,
+            need_gate=False,
+            backend="triton",
         )
         results[0] = of_input if need_input else None
         results[1] = of_weight if need_weight else None

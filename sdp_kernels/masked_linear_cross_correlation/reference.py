@@ -5,7 +5,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sdp_kernels.cross_correlation import cross_correlation_loss_reference
-from sdp_kernels.masked_linear import BitMask, masked_linear_reference
+from sdp_kernels.masked_linear import masked_linear_reference
+from sdp_kernels.masks import BitMask
 
 
 def masked_linear_cross_correlation_loss_reference(

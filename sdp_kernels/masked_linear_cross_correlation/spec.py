@@ -2,7 +2,7 @@
 
 import torch
 
-from sdp_kernels.cross_correlation.forms import choose_form
+from sdp_kernels.cross_correlation import choose_form
 from sdp_kernels.masked_linear_cross_correlation.op import masked_linear_cross_correlation_loss
 from sdp_kernels.masked_linear_cross_correlation.reference import masked_linear_cross_correlation_loss_reference
 from sdp_kernels.spec import Inputs, OpSpec, Shape

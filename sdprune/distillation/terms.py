@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
+from sdp_kernels import RowQueue
 from sdprune.config import SDPruneConfig, split_term
 from sdprune.distillation.features import Features, row_names
-from sdprune.distillation.queue import SavedRowQueue
 from sdprune.masking.linears import matrix
 from sdprune.masking.swap import masked_layers
 from sdprune.methods.objectives import OBJECTIVES, Comparison, Objective, WeightComparison
@@ -34,7 +34,7 @@ class BatchOutputs:
     tokens: Tensor | None
     positions: Tensor | None
     models: tuple[nn.Module, nn.Module]
-    queues: dict[str, SavedRowQueue]
+    queues: dict[str, RowQueue]
     group: distributed.ProcessGroup | None = None
 
     def term(self, term: str) -> Tensor:
@@ -57,7 +57,7 @@ class BatchOutputs:
             mask = None if mask is None else mask.flatten()
             student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
         if self.config.queue_size:
-            queue = self.queues.setdefault(f"{term}:{name}", SavedRowQueue(self.config.queue_size))
+            queue = self.queues.setdefault(f"{term}:{name}", RowQueue(self.config.queue_size))
         return Comparison(self.config, student, teacher, mask, queue, self.group)
 
     def _weights(self) -> WeightComparison:

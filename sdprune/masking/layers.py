@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdp_kernels import BitMask, masked_linear, zero_
-from sdp_kernels.masked_linear.blocks import ActiveBlocks
 from sdp_kernels.masked_linear.cpu import worthwhile
+from sdp_kernels.masks import ActiveBlocks
 from sdprune.masking.linears import matrix
 from sdprune.methods.criteria import expected_gate, sampled_gate
 

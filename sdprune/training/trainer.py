@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
+from sdp_kernels import RowQueue
 from sdprune.config import SDPruneConfig
 from sdprune.data.sampler import LengthBucketSampler
 from sdprune.distillation.cache import POSITIONS, TeacherCache
@@ -21,7 +22,6 @@ from sdprune.distillation.features import (
     need_hidden_states,
     token_mask,
 )
-from sdprune.distillation.queue import SavedRowQueue
 from sdprune.distillation.steering import gradient_norm, steered_weight
 from sdprune.distillation.teacher import Teacher
 from sdprune.distillation.terms import BatchOutputs, distillation_terms, feature_names
@@ -78,7 +78,7 @@ class SDPruneTrainer(Trainer):
         self.distillation_weight = config.distillation_weight
         self._features = feature_names(config)
         self._cache = self._make_cache() if config.teacher_cache is not None else None
-        self._queues: dict[str, SavedRowQueue] = {}
+        self._queues: dict[str, RowQueue] = {}
         self._steered_at = -1
         self._parts: dict[str, Tensor] = {}
         self._part_count = 0
@@ -321,7 +321,8 @@ class SDPruneTrainer(Trainer):
         self.distillation_weight = state.pop("distillation_weight").item()
         for name in {key.rpartition(".")[0] for key in state}:
             rows = {part: state[f"{name}.{part}"] for part in ("student", "teacher")}
-            self._queues[name] = SavedRowQueue.from_state_dict(self.sdprune_config.queue_size, rows)
+            self._queues[name] = RowQueue(self.sdprune_config.queue_size)
+            self._queues[name].load_state_dict(rows)
 
     def _state_path(self, folder: str) -> Path:
         return Path(folder) / STATE_NAME.format(self.args.process_index)

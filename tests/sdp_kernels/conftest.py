@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdp_kernels.block_sparse_linear import cpu
+from sdp_kernels.cpu_engine import availability
 from tests.sdp_kernels.rehearsal import DEVICE, Rehearsal
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -51,7 +51,7 @@ def triton_backend() -> str:
 @pytest.fixture
 def numba() -> None:
     """The compiled engine of the CPU. A numba that refuses the NumPy beside it is none."""
-    if not cpu._finds_numba():
+    if not availability._finds_numba():
         pytest.skip("no numba that can be imported is installed")
 
 

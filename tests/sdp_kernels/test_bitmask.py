@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sdp_kernels import BitMask, masked_linear, use_backend
-from sdp_kernels.masked_linear import op
+from sdp_kernels.masked_linear import arguments
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 31), (2, 32), (5, 33), (7, 64), (4, 100), (1, 257), (0, 5), (3, 0)])
@@ -180,7 +180,7 @@ def test_a_mask_mostly_kept_is_multiplied_densely(
     walks: list[int] = []
     product = kernel.blocks_product
     monkeypatch.setattr(kernel, "blocks_product", lambda *args: walks.append(1) or product(*args))
-    monkeypatch.setattr(op, "FEW_TOKENS", 4)
+    monkeypatch.setattr(arguments, "FEW_TOKENS", 4)
     keep = torch.tensor([[True, False], [True, True]])
     mask = BitMask.from_blocks(keep, (16, 16), (32, 32), density=0.75).to(device)
     for tokens, expected in ((4, 2), (5, 0)):

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdp_kernels import BlockSparseMatrix, block_sparse_linear, use_backend
-from sdp_kernels.block_sparse_linear import break_even, cpu, op
+from sdp_kernels.block_sparse_linear import break_even, op
 from sdp_kernels.block_sparse_linear.break_even import BREAK_EVEN, Edge, reasons_for_dense
+from sdp_kernels.cpu_engine import availability
 
 AT_ONCE = (Edge(4, {16: 0.5}),)  # from four tokens on, above half of the blocks
 
@@ -94,14 +95,14 @@ def test_reasons_name_the_densities() -> None:
 
 def test_each_cpu_product_has_its_edges(monkeypatch: pytest.MonkeyPatch) -> None:
     full = matrix_of(1.0, (32, 32))
-    monkeypatch.setattr(cpu, "_numba_installed", lambda: True)
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(availability, "_numba_installed", lambda: True)
+    monkeypatch.setattr(availability, "multiplies_bfloat16", lambda: True)
     assert reasons_for_dense(full, 4096, torch.float32, "cpu") == []
     assert "compiled bfloat16" in reasons_for_dense(full, 128, torch.bfloat16, "cpu")[0]
     assert "gathered" in reasons_for_dense(full, 128, torch.float64, "cpu")[0]
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(availability, "multiplies_bfloat16", lambda: False)
     assert reasons_for_dense(full, 128, torch.bfloat16, "cpu") == []
-    monkeypatch.setattr(cpu, "_numba_installed", lambda: False)
+    monkeypatch.setattr(availability, "_numba_installed", lambda: False)
     assert "gathered" in reasons_for_dense(full, 128, torch.float32, "cpu")[0]
 
 

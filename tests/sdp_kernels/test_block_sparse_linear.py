@@ -18,7 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from sdp_kernels import BlockSparseMatrix, block_sparse_linear, masked_linear, use_backend
-from sdp_kernels.block_sparse_linear import cpu, launch
+from sdp_kernels.block_sparse_linear.launch import choose_splits
+from sdp_kernels.cpu_engine import availability
+from sdp_kernels.tiles import launch
 from tests.sdp_kernels.rehearsal import aside
 
 BLOCK_SHAPES = [(16, 16), (32, 32), (64, 64), (128, 128), (128, 32), (64, 32), (16, 64), (8, 24)]
@@ -42,7 +44,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "engine":
         request.getfixturevalue("numba")
     if request.param == "gathered":
-        monkeypatch.setattr(cpu, "_numba_installed", lambda: False)
+        monkeypatch.setattr(availability, "_numba_installed", lambda: False)
     return "reference" if request.param == "reference" else "cpu"
 
 
@@ -353,8 +355,8 @@ for block_shape in ((8, 16), (24, 32)):
         input = torch.randn(tokens, 70)
         expected = torch.nn.functional.linear(input, matrix.to_dense())
         torch.testing.assert_close(block_sparse_linear(input, matrix), expected, rtol=0, atol=1e-4)
-from sdp_kernels.block_sparse_linear import engine
-assert (engine.LANES, engine.TILE) == ((8, 6) if features.get("avx") else (4, 12))
+from sdp_kernels.cpu_engine import register_tile
+assert (register_tile.LANES, register_tile.TILE) == ((8, 6) if features.get("avx") else (4, 12))
 """
 
 
@@ -415,7 +417,7 @@ def test_few_tokens_share_a_row_of_blocks(
 ) -> None:
     input, matrix, bias = case(5, (128, 1024 + 8), block_shape, 0.6, device)
     blocks, _, width = matrix.values.shape
-    assert launch.choose_splits(8, blocks * width / (matrix.grid[0] * launch.STEP), 132) > 1
+    assert choose_splits(8, blocks * width / (matrix.grid[0] * launch.STEP), 132) > 1
     with use_backend(triton_backend):
         got = sparse_linear(input, matrix, bias, activation=activation)
         again = sparse_linear(input, matrix, bias, activation=activation)
@@ -431,9 +433,9 @@ def test_token_tiles_run_in_groups(device: torch.device, triton_backend: str, mo
 
 
 def test_launches_fill_the_device_and_fit_into_it() -> None:
-    assert launch.choose_splits(1000, 100, 132) == 1
-    assert launch.choose_splits(24, 100, 132) == 16
-    assert launch.choose_splits(24, 5, 132) == 2
+    assert choose_splits(1000, 100, 132) == 1
+    assert choose_splits(24, 100, 132) == 16
+    assert choose_splits(24, 5, 132) == 2
     assert launch.choose_launch(1, 32, torch.bfloat16, 90) == (16, 4, 4)
     assert launch.choose_launch(4096, 128, torch.bfloat16, 90) == (128, 8, 4)
     assert launch.choose_launch(4096, 128, torch.float32, 120) == (64, 8, 2)

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from sdp_kernels import BlockSparseMatrix, block_sparse_linear, use_backend
 from sdp_kernels.block_sparse_linear import tuning
-from sdp_kernels.block_sparse_linear.launch import TUNED, Launch, ProductClass, TunedLaunch
+from sdp_kernels.block_sparse_linear.launch import TUNED, ProductClass, TunedLaunch
 from sdp_kernels.block_sparse_linear.tuning import Tuning, candidates, load, save, tune
+from sdp_kernels.tiles.launch import Launch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ANOTHER = TunedLaunch(Launch(16, 4, 2), 4)  # not what five tokens get without a table

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from sdp_kernels import BitMask, select_mask, use_backend, zero_
-from sdp_kernels.masked_linear import bitmask
+from sdp_kernels.masks import bits
 
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("mask_selection.op", "masked_linear.bitmask"):
+    for name in ("mask_selection.op", "masks.bits"):
         monkeypatch.setattr(importlib.import_module(f"sdp_kernels.{name}"), "is_captured", lambda tensor: True)
 
 
@@ -56,8 +56,8 @@ def test_zeroing_keeps_what_a_graph_reads(
 def test_patterns_first_made_inside_a_capture_are_not_kept(
     device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = functools.cache(bitmask._make_patterns)
-    monkeypatch.setattr(bitmask, "_patterns", kept)
+    kept = functools.cache(bits._make_patterns)
+    monkeypatch.setattr(bits, "_patterns", kept)
     mask = torch.rand(5, 70, device=device) < 0.5
     packed = BitMask.from_bool(mask)
     request.getfixturevalue("captured")

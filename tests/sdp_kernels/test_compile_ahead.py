@@ -132,16 +132,17 @@ import torch
 from sdp_kernels import BlockSparseMatrix
 from sdp_kernels.block_sparse_linear import launch, tuning
 from sdp_kernels.compile_ahead import target_gpu
+from sdp_kernels.masks import Walk
 import importlib
 from bench.grids import GRIDS
 
 kernel = importlib.import_module("sdp_kernels.block_sparse_linear.kernel")
 inputs = GRIDS["block_sparse"].outlines((64, 768, 3072, 32, 32, 10), torch.bfloat16)
 matrix = inputs["pattern"]
-indices = (matrix.crow_indices, matrix.col_indices, None, matrix.lists.row_order)
+walk = Walk(matrix.crow_indices, matrix.col_indices)
 key = launch.ProductClass.of(64, matrix.shape, matrix.block_shape, torch.bfloat16)
 tried = list(tuning.candidates(64, 32, torch.bfloat16, 90))
-call = lambda: kernel.product(inputs["input"], matrix.values, None, *indices, matrix.shape[0], None)
+call = lambda: kernel.product(inputs["input"], matrix.values, None, walk, matrix.lists.row_order, matrix.shape[0], None)
 with target_gpu(90):
     found = tuning.recorded_launches(call, key, tried)
 products = {(each.launch, each.splits > 1) for each in tried}  # how many programs share a row is no constant

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdp_kernels import BitMask, masked_linear, use_backend, zero_
-from sdp_kernels.masked_linear import cpu, masking, op
+from sdp_kernels.masked_linear import arguments, cpu
 from sdp_kernels.masked_linear.reference import masked_linear_reference
+from sdp_kernels.masks import masking
 
 
 def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -302,7 +303,7 @@ def test_kernels_of_masks_without_structure(
 ) -> None:
     """Masked in registers and by a copy; an empty row, pruned weights that are NaN."""
     if not few:
-        monkeypatch.setattr(op, "FEW_TOKENS", -1)
+        monkeypatch.setattr(arguments, "FEW_TOKENS", -1)
     mask = torch.rand(shape) < 0.5
     mask[-1] = False
     for dtype in (torch.float32, torch.float16):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sdp_kernels import BitMask, masked_linear
-from sdp_kernels.block_sparse_linear import cpu as block_sparse
+from sdp_kernels.cpu_engine import availability
 from sdp_kernels.masked_linear import cpu
-from sdp_kernels.masked_linear.blocks import ActiveBlocks
+from sdp_kernels.masks import ActiveBlocks
 
 
 @pytest.fixture(params=["engine", "torch"], autouse=True)
@@ -14,7 +14,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if request.param == "engine":
         request.getfixturevalue("numba")
     if request.param == "torch":
-        monkeypatch.setattr(block_sparse, "_numba_installed", lambda: False)
+        monkeypatch.setattr(availability, "_numba_installed", lambda: False)
     return str(request.param)
 
 

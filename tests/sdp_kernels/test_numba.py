@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdp_kernels.block_sparse_linear.cpu import _finds_numba
+from sdp_kernels.cpu_engine.availability import _finds_numba
 
 REFUSING = 'raise ImportError("Numba needs NumPy 2.4 or less. Got NumPy 2.5.")\n'
 USE = """

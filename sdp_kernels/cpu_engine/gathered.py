@@ -5,18 +5,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sdp_kernels.masks import Walk
 
-def rows_product(
-    input: Tensor, values: Tensor, offsets: Tensor, neighbours: Tensor, positions: Tensor | None, out_features: int
-) -> Tensor:
+
+def rows_product(input: Tensor, values: Tensor, walk: Walk, out_features: int) -> Tensor:
     """Each row of blocks times the input columns that its blocks stand on.
 
     Args:
         input: (tokens, in).
         values: (blocks, out side, in side).
-        offsets: (rows of blocks + 1,) where each begins in the lists below.
-        neighbours: (blocks,) the block column of each block.
-        positions: (blocks,) its place in `values`, or None where that is the order already.
+        walk: where the blocks stand.
         out_features: columns of the result; fewer than the rows of blocks hold if these are padded.
 
     Returns:
@@ -26,13 +24,13 @@ def rows_product(
     tokens, in_features = input.shape
     grid = -(-in_features // width)
     columns = torch.nn.functional.pad(input, (0, grid * width - in_features)).reshape(tokens, grid, width)
-    bounds = offsets.tolist()
+    bounds = walk.offsets.tolist()
     output = input.new_zeros(tokens, (len(bounds) - 1) * height)
     for row, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
-        blocks = values[start:end] if positions is None else values[positions[start:end]]
-        gathered = columns[:, neighbours[start:end]].reshape(tokens, (end - start) * width)
+        blocks = values[start:end] if walk.positions is None else values[walk.positions[start:end]]
+        gathered = columns[:, walk.neighbours[start:end]].reshape(tokens, (end - start) * width)
         kept = blocks.transpose(1, 2).reshape(-1, height)
         torch.mm(gathered, kept, out=output[:, row * height : (row + 1) * height])
     return output[:, :out_features]

@@ -1,6 +1,7 @@
 """The kept blocks of a mask as lists, in the order of their rows and in that of their columns."""
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,14 @@ class ActiveBlocks:
 
 
 torch.export.register_dataclass(ActiveBlocks, serialized_type_name="sdp_kernels.ActiveBlocks")
+
+
+class Walk(NamedTuple):
+    """Where the blocks of a matrix stand, in the order in which a product meets them."""
+
+    offsets: Tensor  # (rows of blocks + 1,) where each begins in the lists below
+    neighbours: Tensor  # (blocks,) the block column of each block
+    positions: Tensor | None = None  # (blocks,) its place among the values, or None where that is the order already
 
 
 def exceeds_lists(density: float, block_shape: tuple[int, int]) -> bool:

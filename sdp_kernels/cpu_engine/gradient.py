@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numba import prange
 
-from sdp_kernels.block_sparse_linear.engine import LANES, TILE, TILE_ROWS, compiled, multiply_tile, run_on_threads
+from sdp_kernels.cpu_engine.register_tile import LANES, TILE, TILE_ROWS, multiply_tile
+from sdp_kernels.cpu_engine.threads import compiled, run_on_threads
 
 TOKENS = 512  # copied at a time
 FEW_TOKENS = 16  # copied at a time for one block: what is read and written then stays in the first cache

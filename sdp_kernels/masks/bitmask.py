@@ -1,18 +1,14 @@
 """BitMask: which weights of a matrix are kept, at one bit a weight."""
 
-import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sdp_kernels.dispatch import is_captured
-from sdp_kernels.masked_linear.blocks import SMALLEST_SIDE, ActiveBlocks, exceeds_lists
-
-WORD_BITS = 32
-_GATHER_BITS = 0x0102040810204080  # times eight 0/1 bytes: their bits, in order, in the top byte
+from sdp_kernels.checks import check_same_device
+from sdp_kernels.masks.bits import pack_bits, unpack_bits_op, words_shape
+from sdp_kernels.masks.blocks import SMALLEST_SIDE, ActiveBlocks, exceeds_lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +29,11 @@ class BitMask:
 
     Raises:
         ValueError: words of another dtype or shape.
+
+    Example:
+        >>> mask = BitMask.from_bool(torch.tensor([[True, False, True, True]]))
+        >>> mask.words, mask.sparsity
+        (tensor([[13]], dtype=torch.int32), 0.25)
     """
 
     words: Tensor
@@ -98,7 +99,7 @@ class BitMask:
 
     def to_bool(self) -> Tensor:
         """The mask as a boolean matrix, True where kept."""
-        mask: Tensor = _unpack_bits(self.words, self.shape[1])
+        mask: Tensor = unpack_bits_op(self.words, self.shape[1])
         return mask
 
     def to_blocks(self) -> Tensor:
@@ -174,11 +175,6 @@ def _lists(keep: Tensor, block_shape: tuple[int, int]) -> ActiveBlocks | None:
     return ActiveBlocks.from_grid(keep) if min(block_shape) >= SMALLEST_SIDE else None
 
 
-def words_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Shape of the words of a mask of this shape."""
-    return shape[0], -(-shape[1] // WORD_BITS)
-
-
 def _check_words(words: Tensor, shape: tuple[int, int]) -> None:
     if words.dtype != torch.int32:
         raise ValueError(f"words must be int32, got {words.dtype}")
@@ -187,52 +183,26 @@ def _check_words(words: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"{text}, got {tuple(words.shape)}")
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """(rows, columns) bool -> (rows, ceil(columns / 32)) int32."""
-    rows, columns = mask.shape
-    words = words_shape((rows, columns))[1]
-    padded = torch.nn.functional.pad(mask, (0, words * WORD_BITS - columns)).contiguous()
-    _require_little_endian()
-    octets = padded.flatten().view(torch.int64)  # eight weights each
-    octets = (octets * _GATHER_BITS).bitwise_right_shift_(56).to(torch.uint8)
-    return octets.view(torch.int32).view(rows, words)
+def as_bool(mask: Tensor | BitMask) -> Tensor:
+    """The mask as a boolean matrix, True where kept, whichever of the two it is."""
+    return mask.to_bool() if isinstance(mask, BitMask) else mask
 
 
-def unpack_bits(words: Tensor, columns: int) -> Tensor:
-    """(rows, ceil(columns / 32)) int32 -> (rows, columns) bool.
+def as_tensor(mask: Tensor | BitMask) -> Tensor:
+    """The mask as operators and kernels take it: int32 words or bools."""
+    return mask.words if isinstance(mask, BitMask) else mask
 
-    Looks every byte up among the 256 patterns of eight weights, which is far faster than shifting bits out.
+
+def check_mask(name: str, mask: Tensor | BitMask, weight: Tensor) -> None:
+    """A mask for this weight: of its shape, on its device, bool or packed.
+
+    Raises:
+        ValueError: another shape or device.
+        TypeError: neither bool nor `BitMask`.
     """
-    _require_little_endian()
-    octets = words.flatten().view(torch.uint8)
-    # What is made inside of a capture holds nothing yet: it belongs to the graph and must not be kept for others.
-    make = _make_patterns if is_captured(words) else _patterns
-    patterns = make(words.device).index_select(0, octets.int())
-    mask = patterns.view(torch.bool).view(words.shape[0], words.shape[1] * WORD_BITS)
-    return mask[:, :columns].contiguous()
-
-
-@torch.library.custom_op("sdp_kernels::unpack_bits", mutates_args=())
-def _unpack_bits(words: Tensor, columns: int) -> Tensor:
-    """`unpack_bits` as one node for torch.compile."""
-    return unpack_bits(words, columns)
-
-
-@_unpack_bits.register_fake
-def _(words: Tensor, columns: int) -> Tensor:
-    return words.new_empty((words.shape[0], columns), dtype=torch.bool)
-
-
-def _make_patterns(device: torch.device) -> Tensor:
-    """(256,) int64 whose eight bytes are the bits of their index, the lowest first."""
-    index = torch.arange(256, device=device)[:, None]
-    bits = (index >> torch.arange(8, device=device)) & 1
-    return bits.to(torch.uint8).view(torch.int64).flatten()
-
-
-_patterns = functools.cache(_make_patterns)
-
-
-def _require_little_endian() -> None:
-    if sys.byteorder != "little":
-        raise NotImplementedError("BitMask reads words as bytes and needs a little-endian machine")
+    tensor = as_tensor(mask)
+    if not isinstance(tensor, Tensor) or (tensor is mask and tensor.dtype != torch.bool):
+        raise TypeError(f"{name} must be a bool tensor or a BitMask, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if tuple(mask.shape) != tuple(weight.shape):
+        raise ValueError(f"{name} must have shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+    check_same_device(name, tensor, "its weight", weight)

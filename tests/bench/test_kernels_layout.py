@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 import sdp_kernels
-from sdprune.deployment.kernels_layout import MODULE, write_kernel_repository
+from bench.__main__ import main
+from bench.kernels_layout import MODULE, write_kernel_repository
 
 needs_kernels = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("kernels"),
@@ -79,6 +80,15 @@ print(sorted(kernel.__all__))
     assert process.stdout.strip() == "['BlockSparseMatrix', 'block_sparse_linear', 'use_backend']"
 
 
-def test_an_occupied_folder_is_left_alone(repository):
+def test_an_occupied_folder_is_left_alone(repository, capsys):
     with pytest.raises(ValueError, match="already exists"):
         write_kernel_repository(repository)
+    assert main(["kernels-layout", str(repository)]) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_the_command_writes_it(repository, tmp_path, capsys):
+    assert main(["kernels-layout", str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "new")
+    written = {path.relative_to(tmp_path / "new") for path in (tmp_path / "new").rglob("*.py")}
+    assert written == {path.relative_to(repository) for path in repository.rglob("*.py")}
