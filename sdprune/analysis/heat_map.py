@@ -7,6 +7,7 @@ from pathlib import Path
 from sdprune.text import save_png
 
 COLUMNS = 6
+LONGEST = 34  # letters of a name
 Grid = Sequence[Sequence[float]]
 
 
@@ -36,13 +37,9 @@ def draw_heat_map(grids: Mapping[str, Grid], path: str | Path, *, title: str = "
         panel.set_axis_off()
     for panel, (name, grid) in zip(panels.flat, grids.items(), strict=False):
         image = panel.imshow(grid, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", interpolation="nearest")
-        panel.set_title(_short(name), fontsize=6)
+        panel.set_title(name if len(name) <= LONGEST else "…" + name[1 - LONGEST :], fontsize=6)
     assert image is not None
     figure.colorbar(image, ax=panels, label="density", shrink=min(1.0, 2.0 / rows))
     figure.suptitle(title, fontsize=9)
     save_png(figure, Path(path), dpi=110)
     return Path(path)
-
-
-def _short(name: str, longest: int = 34) -> str:
-    return name if len(name) <= longest else "…" + name[1 - longest :]

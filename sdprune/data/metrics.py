@@ -94,10 +94,6 @@ def paired_bootstrap_standard_error(
     return float(((counts[:, 0] - counts[:, 1]) / rows).std(ddof=1))
 
 
-def _accuracy(labels: Array, logits: Array) -> float:
-    return float((logits.argmax(-1) == labels).mean())
-
-
 def _of_classes(name: str, **options: Any) -> Callable[[Array, Array], float]:
     """A metric of scikit-learn, which takes a second to import."""
 
@@ -182,7 +178,7 @@ def _span_f1(labels: Array, logits: Array, label_names: Sequence[str]) -> float:
 
 
 _METRICS: dict[str, Callable[[Array, Array], float]] = {
-    "accuracy": _accuracy,
+    "accuracy": lambda labels, logits: float((logits.argmax(-1) == labels).mean()),
     "macro_f1": _of_classes("f1_score", average="macro", zero_division=0.0),
     "f1": _of_classes("f1_score", zero_division=0.0),
     "matthews": _of_classes("matthews_corrcoef"),

@@ -118,7 +118,9 @@ def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
         OSError: the reviews or a GLUE or XGLUE task could not be fetched.
     """
     if config.data in TASKS:
-        _check_no_file_options(config)
+        for name in ("validation_data", "test_data", "text_pair_column", "group_column"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name} belongs to data in files, but data is the task {config.data!r}")
         if config.data == MOVIE_REVIEWS:
             return _limited(_movie_reviews(config.split_seed, sample_reviews(cache)), config)
         if config.data == MULTILINGUAL_REVIEWS:
@@ -137,12 +139,6 @@ def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
             f"Tasks: {', '.join(TASKS)}; files: {', '.join(FORMATS)}"
         )
     return _limited(_load_files(config), config)
-
-
-def _check_no_file_options(config: DataConfig) -> None:
-    for name in ("validation_data", "test_data", "text_pair_column", "group_column"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name} belongs to data in files, but data is the task {config.data!r}")
 
 
 def _movie_reviews(seed: int, path: Path) -> Task:

@@ -87,8 +87,13 @@ def write_model_card(directory: str | Path, card: ModelCard) -> Path:
     """
     found = inspect_folder(directory)
     title = f"# {Path(card.base_model).name}, {1.0 - found.density:.0%} of its linear weights pruned"
-    parts = (_origin(card), _loading(found), _scores(card), _sparsity(found), _speed(card), _losses(card, found))
-    body = "\n\n".join((title, *parts, _recipe(card)))
+    origin = (
+        f"- Base model: {card.base_model}\n- Method: {card.method}\n- Data: {card.data}\n- Seed: {card.seed}\n"
+        "- Made with sdprune; the whole recipe is at the end"
+    )
+    parts = (origin, _loading(found), _scores(card), _sparsity(found), _speed(card), _losses(card, found))
+    recipe = yaml.safe_dump(dict(card.recipe), sort_keys=False, allow_unicode=True)
+    body = "\n\n".join((title, *parts, f"## Recipe\n\n```yaml\n{recipe}```"))
     path = Path(directory) / CARD_NAME
     write_text(path, f"---\n{_header(card, found)}\n---\n\n{body}\n")
     return path
@@ -128,13 +133,6 @@ def _header(card: ModelCard, found: Inspection) -> str:
         model_name=name if results else None,
         eval_results=results or None,
     ).to_yaml()
-
-
-def _origin(card: ModelCard) -> str:
-    return (
-        f"- Base model: {card.base_model}\n- Method: {card.method}\n- Data: {card.data}\n- Seed: {card.seed}\n"
-        "- Made with sdprune; the whole recipe is at the end"
-    )
 
 
 def _loading(found: Inspection) -> str:
@@ -203,7 +201,3 @@ def _losses(card: ModelCard, found: Inspection) -> str:
         cases.append("Its zeros have no structure that a product could skip: it is not faster than the dense model.")
     cases.append("It was tested only on the data named above; pruning can cost more on other data than these scores.")
     return "\n".join(["## Where it loses", "", *(f"- {case}" for case in cases)])
-
-
-def _recipe(card: ModelCard) -> str:
-    return f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(card.recipe), sort_keys=False, allow_unicode=True)}```"

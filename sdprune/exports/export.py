@@ -80,7 +80,8 @@ def export(
             format = "portable" if sparse else "plain"
         if format == "compact" and not records:
             raise ValueError("format must be 'plain': no layer of the model has enough zeros to be stored smaller")
-        section: dict[str, Any] = {"version": 1, "format": format, "layers": _layer_sparsity(dense)}
+        zeros = {name: share for name, share in measure_sparsity(dense, dense_names(dense)).layers.items() if share}
+        section: dict[str, Any] = {"version": 1, "format": format, "layers": zeros}
         if config is not None:
             section["pruning"] = config.to_dict()
         dense.config.sdprune = section
@@ -137,9 +138,3 @@ def _check_plan(dense: Any, plan: Plan) -> None:
             raise ValueError(
                 f"plan must be of this model: its layer {layer.name!r} has shape {tuple(layer.shape)}, got {shape}"
             )
-
-
-def _layer_sparsity(dense: Any) -> dict[str, float]:
-    """The fraction of zeros of every layer that has any."""
-    sparsity = measure_sparsity(dense, dense_names(dense))
-    return {name: zeros for name, zeros in sparsity.layers.items() if zeros > 0.0}

@@ -51,7 +51,9 @@ def export_onnx(
         import onnxscript  # noqa: F401  # the exporter's own need, named here before it fails deep inside
     except ImportError as error:
         raise ImportError(f"{error.name} is missing: pip install 'sdprune[onnx]'") from None
-    wrapped = _FirstOutput(_exportable(model), tuple(inputs)).eval()
+    copy = dense_copy(model, keep=(NarrowLinear, RemovedLinear))  # without our own operators
+    copy.config.use_cache = False  # nor a cache among its outputs
+    wrapped = _FirstOutput(copy, tuple(inputs)).eval()
     with new_directory(Path(directory)) as folder, torch.no_grad():
         path = folder / MODEL_NAME
         sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
@@ -103,10 +105,3 @@ def _check(model: Any, inputs: Mapping[str, Tensor]) -> None:
     for name, value in inputs.items():
         if value.dim() != 2 or value.shape[0] < 2 or value.shape[1] < 3:
             raise ValueError(f"inputs[{name!r}] must have shape (batch, sequence), at least (2, 3), got {value.shape}")
-
-
-def _exportable(model: Any) -> Any:
-    """Return a copy around the same tensors without our own operators, and without a cache among its outputs."""
-    copy = dense_copy(model, keep=(NarrowLinear, RemovedLinear))
-    copy.config.use_cache = False
-    return copy

@@ -20,7 +20,8 @@ def read_config(name: str | Path) -> Any:
     file = Path(name) / "config.json" if Path(name).is_dir() else name
     # looked at before the configuration is made: only some releases of transformers check it, in their own words
     architectures = PreTrainedConfig.get_config_dict(name)[0].get("architectures")
-    if not (architectures is None or _is_list_of_strings(architectures)):
+    names = [] if architectures is None else architectures
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(_no_model_class(file, architectures))
     try:
         return AutoConfig.from_pretrained(name)
@@ -44,7 +45,3 @@ def exported_class(folder: Path, config: Any) -> Any:
 
 def _no_model_class(file: str | Path, architectures: Any) -> str:
     return f"{file}: architectures must name a model class of transformers, got {architectures!r}"
-
-
-def _is_list_of_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -26,7 +26,8 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
         ValueError: the choice matches nothing, a layer cannot take the structure, or the model is pruned already under
             masks of other blocks.
     """
-    _forget_unused_masks(model)
+    if masked_layers(model) and masked_fraction(model) == 0.0:
+        unswap(model)  # masks that prune nothing, such as those of a run that was refused
     partition = Partition.of(model, select_linears(model, config), config)
     criterion = CRITERIA[config.criterion]
     for name, layer in masked_layers(model).items():
@@ -43,12 +44,6 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
             layer = masked_layers(model.get_submodule(name))[""]
             layer.gather_scores(criterion.start, hard_concrete=criterion.gates)
     return partition
-
-
-def _forget_unused_masks(model: nn.Module) -> None:
-    """Make a model dense again whose masks prune nothing, such as those of a run that was refused."""
-    if masked_layers(model) and masked_fraction(model) == 0.0:
-        unswap(model)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ Of this are made its row in `metrics.json`, its card, and the report.
 
 import copy
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from sdprune.recipe import Recipe
 from sdprune.runs.fresh import fresh_logits
 from sdprune.runs.predict import best_device, speedup
 from sdprune.runs.workbench import BUNDLED_MODEL, Workbench
+from sdprune.speed.timing import device_name
 from sdprune.training.folder import METRICS_NAME, SCORES_NAME
 
 GLUE = "nyu-mll/glue"
@@ -156,7 +156,6 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
     """
     task = workbench.task
     rows, tokens = next(iter(workbench.probe.values())).shape[:2]
-    device = torch.cuda.get_device_name() if best_device().type == "cuda" else _processor(best_device().type)
     splits = f"{len(task.train)} training, {len(task.validation)} validation and {len(task.test)} test rows"
     return ModelCard(
         base_model=BUNDLED_ID if recipe.model == BUNDLED_MODEL else recipe.model,
@@ -165,7 +164,7 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
         seed=recipe.pruning.seed,
         metrics={name: row[name] for name in task.metrics},
         dense_metrics={name: dense[name] for name in task.metrics},
-        speeds=(Speed(row["speedup"], device, "float32", int(rows), int(tokens)),),
+        speeds=(Speed(row["speedup"], device_name(best_device()), "float32", int(rows), int(tokens)),),
         recipe=recipe.to_dict(),
         task="token-classification" if task.tagged else "text-classification",
         dataset=GLUE if recipe.data.data in GLUE_TASKS else None,
@@ -181,7 +180,3 @@ def _method(recipe: Recipe, row: Mapping[str, Any]) -> str:
             "https://arxiv.org/abs/2109.15014, as reconstructed in sdprune"
         )
     return f"pruning ({row['method']}, {row['structure']})"
-
-
-def _processor(kind: str) -> str:
-    return f"{kind} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

@@ -44,12 +44,9 @@ def foreign_reviews(cache: Path | None = None) -> dict[str, dict[str, int]]:
         with (european / name).open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if len(row) == 2]
         found[language] = _distinct((html.unescape(row[column]), int(row[1 - column]) > 0) for row in rows)
-    lines = ((line, name == "pos.txt") for name in ("pos.txt", "neg.txt") for line in _lines(chinese / name))
+    texts = {name: (chinese / name).read_text(encoding="utf-8-sig") for name in ("pos.txt", "neg.txt")}
+    lines = ((line, name == "pos.txt") for name, text in texts.items() for line in text.split("\n"))
     return found | {"zh": _distinct(lines)}
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8-sig").split("\n")
 
 
 def _distinct(rows: Iterable[tuple[str, bool]]) -> dict[str, int]:

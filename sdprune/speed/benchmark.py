@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -222,7 +223,7 @@ def _point(
             row = rows[name] = head | {"contender": name, "weights_mib": _weights_mib(dense, sparse, name)}
             if name.startswith("sparse"):
                 row |= _plan_summary(made)
-            call = _call(module, inputs)
+            call = partial(module, **inputs)
             try:
                 error = _error(first_tensor(call()), truth)
             except RuntimeError as problem:  # no compiler, too little memory: the row says what was raised
@@ -245,10 +246,6 @@ def _point(
                 base = times.get(f"dense {mode}")
                 row[f"speedup_over_{mode}"] = None if base is None else base.median / taken.median
     return list(rows.values())
-
-
-def _call(module: Any, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
-    return lambda: module(**inputs)
 
 
 def first_tensor(output: Any) -> Tensor:

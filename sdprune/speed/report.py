@@ -37,7 +37,8 @@ converted, also where that loses, computed from the times of the layers; a dotte
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as plain text."""
-    notes = [f"{_name(row)}: {outcome(row)}" for row in rows if outcome(row)]
+    name = "{contender}, {dtype}, {batch} x {sequence}, {sparsity:.0%}"
+    notes = [f"{name.format(**row)}: {outcome(row)}" for row in rows if outcome(row)]
     return "\n".join([aligned(_table(rows)), *notes])
 
 
@@ -131,10 +132,6 @@ def _cell(row: Row, form: str) -> str:
         return form.format_map(known)
     except KeyError:
         return ABSENT
-
-
-def _name(row: Row) -> str:
-    return f"{row['contender']}, {row['dtype']}, {row['batch']} x {row['sequence']}, {row['sparsity']:.0%}"
 
 
 def _where(row: Row) -> str:
