@@ -3,7 +3,7 @@
 The dense weight is made from the blocks for one product and thrown away. A copy that is kept would double the memory
 of a layer whose point is to be small, and would go stale when the values are trained or loaded. Making it costs two
 passes over the weight, which many tokens pay back and few never do; the densities below include it. A layer that
-always loses is better left dense, as `sdprune.deployment.plan.plan` leaves it.
+always loses is better left dense, as `sdprune.plan` leaves it.
 
 Up to a break-even density the blocks win. The numbers:
 
