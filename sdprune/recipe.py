@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from sdprune.config import SDPruneConfig
 from sdprune.config_base import CheckedConfig, unknown_key_message
+from sdprune.files import write_text
 
 RECIPE_NAME = "recipe.yaml"
 RECIPES = Path(__file__).parent / "recipes"
@@ -231,6 +232,10 @@ class Recipe:
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the flat keys as YAML."""
+        write_text(Path(path), self.to_yaml())
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def test_options_override_the_recipe(prune, model_folder, csv_file, tmp_path):
         target_sparsity=0.25, pruning_steps=2, distillation="kl", structure="block", block_shape=(8, 8)
     )
     recipe = Recipe(str(model_folder), DataConfig(data=str(csv_file)), training, pruning)
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    recipe.save(tmp_path / "recipe.yaml")
     options = ["--target-sparsity", "0.5", "--block-shape", "16x8"]
     options += ["--distillation", "{cross_correlation@first: 1, mse@logits: 0.5}"]
     assert main(["prune", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run"), *options]) == 0

@@ -24,7 +24,7 @@ def test_json_round_trip(tmp_path):
 
 def test_yaml_round_trip(tmp_path):
     recipe = Recipe("folder", DataConfig(data="x.csv"), TrainingConfig(bf16=True), SDPruneConfig(distillation=None))
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    recipe.save(tmp_path / "recipe.yaml")
     assert Recipe.from_dict(Recipe.read_values(tmp_path / "recipe.yaml")) == recipe
 
 
