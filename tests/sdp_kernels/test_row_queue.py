@@ -53,6 +53,19 @@ def test_held_rows_do_not_change_with_their_source() -> None:
     assert student.tolist() == [[0.0] * 3, [1.0] * 3, [1.0] * 3]
 
 
+def test_a_state_holds_the_rows_in_their_order() -> None:
+    queue, other = RowQueue(3), RowQueue(3)
+    assert queue.state_dict() == {}
+    for batch in torch.arange(24.0).view(3, 2, 4):
+        queue.extend(batch, -batch)
+    other.extend(torch.ones(2, 7), torch.ones(2, 7))
+    other.load_state_dict(queue.state_dict())
+    for mine, theirs in zip(queue.extend(*torch.ones(2, 1, 4)), other.extend(*torch.ones(2, 1, 4)), strict=True):
+        assert torch.equal(mine, theirs)
+    other.load_state_dict({})
+    assert len(other) == 0
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         RowQueue(0)
