@@ -1,6 +1,7 @@
 """What an import costs, and which way the packages point."""
 
 import ast
+import math
 import re
 import subprocess
 import sys
@@ -53,9 +54,14 @@ def test_importing_sdprune_is_cheap():
         f"import sdprune; print(time.process_time() - start, *[name for name in {HEAVY!r} if name in sys.modules], "
         f"*[name for name in {BROUGHT!r} if name in sys.modules and name not in before])"
     )
-    found = [run(code).split() for _ in range(4)]  # beside other tests a cache miss may cost as much as an import
-    assert found[0][1:] == []
-    assert min(float(took) for took, *_ in found) < 0.2
+    took = math.inf
+    for _ in range(8):  # beside other tests a cache miss may cost as much as an import: the least time counts
+        found, *brought = run(code).split()
+        assert brought == []
+        took = min(took, float(found))
+        if took < 0.2:
+            break
+    assert took < 0.2
 
 
 def test_importing_sdprune_makes_the_format_known():
