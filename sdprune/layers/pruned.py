@@ -59,7 +59,8 @@ class PrunedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
         stored = self.shape[::-1] if self.transposed else self.shape
-        if weight is not None and tuple(weight.shape) == stored:
+        own = self.transposed and weight is not None and weight.shape == self.weight.shape  # square, nothing left out
+        if weight is not None and tuple(weight.shape) == stored and not own:
             part = self.part_of(weight.T if self.transposed else weight, state_dict.get(f"{prefix}bias"))
             if part is None:
                 args[-1].append(f"{prefix}weight has other empty {self.units} than this layer")

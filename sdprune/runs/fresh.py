@@ -75,17 +75,22 @@ def fresh_logits(
             for name, value in inputs.items()
         }
         save_file(tensors, source)
-        settings = [str(source), str(target), str(torch.get_num_threads()), str(bf16), str(folder)]
+        # in a session of its own: Ctrl-C is for the training
+        command = [sys.executable, "-c", _SCRIPT]
+        command += [str(source), str(target), str(torch.get_num_threads()), str(bf16), str(folder)]
         with (
             log.open("w") as errors,
             tqdm(total=len(batches), desc=description, disable=description is None, unit="batch", leave=False) as bar,
             subprocess.Popen(
-                [sys.executable, "-c", _SCRIPT, *settings], stdout=subprocess.PIPE, stderr=errors, text=True
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
             ) as process,
         ):
-            assert process.stdout is not None
-            for _ in process.stdout:
-                bar.update()
+            try:
+                for _ in process.stdout or ():
+                    bar.update()
+            except BaseException:
+                process.kill()
+                raise
         if process.returncode:
             last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(f"a fresh process could not load {folder}: {last}")

@@ -110,6 +110,7 @@ def prune_then_distill(
     settings = {**config.to_dict(), "width_multiple": width_multiple, "initialization": initialization}
     stages = Stages(directory, settings, resume=bool(args.resume_from_checkpoint))
     inputs |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    inputs["callbacks"] = list(inputs.get("callbacks") or ())  # for both stages
     taught = stages.run("teacher", model, without_teacher(config), args=args, **inputs)
     teacher: Any = taught.model
     set_seed(config.seed)  # the student's first weights, the same after an interruption

@@ -6,7 +6,7 @@ Of this are made its row in `metrics.json`, its card, and the report.
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sdprune.exports.card import ModelCard, Speed, write_model_card
 from sdprune.exports.export import export
 from sdprune.files import write_text
 from sdprune.layers.forms import plain_copy
+from sdprune.layers.pruned import PrunedLinear
 from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.schedule import pruning_moments
 from sdprune.masking.select import select_linears
@@ -112,6 +113,12 @@ class Results:
         found, outputs = fresh_logits(folder, probe, batches, bf16=self.bf16, description=text)
         logits = workbench.gathered(outputs)
         sparsity = measure_sparsity(memory, select_linears(memory, config))
+        with (
+            torch.inference_mode(False),
+            torch.random.fork_rng(devices=[]),
+        ):  # the layers that this package computes with
+            timed = type(memory).from_pretrained(folder, dtype=torch.float32)
+        sparse = any(isinstance(module, PrunedLinear) for module in timed.modules())
         row = {
             "method": name or method_name(config),
             "structure": config.structure,
@@ -120,7 +127,8 @@ class Results:
             "model_sparsity": sparsity.model,
             **workbench.score(logits),
             "reload_max_difference": float((found - memory(**probe).logits).abs().max()),
-            "speedup": speedup(self.dense, memory, probe),
+            "speedup": speedup(self.dense, timed, probe),
+            "form": "sparse layers" if sparse else Speed.form,
             "device": best_device().type,
         }
         if workbench.task.zero_shot:
@@ -157,6 +165,8 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
     task = workbench.task
     rows, tokens = next(iter(workbench.probe.values())).shape[:2]
     splits = f"{len(task.train)} training, {len(task.validation)} validation and {len(task.test)} test rows"
+    speed = Speed(row["speedup"], device_name(best_device()), "float32", int(rows), int(tokens))
+    speed = replace(speed, form=row.get("form", speed.form))
     return ModelCard(
         base_model=BUNDLED_ID if recipe.model == BUNDLED_MODEL else recipe.model,
         method=_method(recipe, row),
@@ -164,7 +174,7 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
         seed=recipe.pruning.seed,
         metrics={name: row[name] for name in task.metrics},
         dense_metrics={name: dense[name] for name in task.metrics},
-        speeds=(Speed(row["speedup"], device_name(best_device()), "float32", int(rows), int(tokens)),),
+        speeds=(speed,),
         recipe=recipe.to_dict(),
         task="token-classification" if task.tagged else "text-classification",
         dataset=GLUE if recipe.data.data in GLUE_TASKS else None,

@@ -59,15 +59,18 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
     # what was measured once holds for the whole run, also after an interruption, and for every process
     (training,) = broadcast_object_list([settled(recipe.training)])
     recipe = replace(recipe, training=training)
-    dense_logits = workbench.predict(classifier.model, "testing the dense model") if processes.is_main_process else {}
+    dense_scores, languages = {}, {}
+    if processes.is_main_process:
+        logits = workbench.predict(classifier.model, "testing the dense model")
+        dense_scores, languages = workbench.score(logits), workbench.score_languages(logits)
     callbacks = [WriteAtStart(output / RECIPE_NAME, recipe.to_yaml())]
     outcomes = carry_out(workbench, recipe, output, callbacks, resume=resume)
     metrics = {}
     if processes.is_main_process:
-        results = Results(workbench, workbench.renewed().classifier.model, workbench.score(dense_logits))
+        results = Results(workbench, workbench.renewed().classifier.model, dense_scores)
         results.metrics["trained_head"] = classifier.trained_head
-        if workbench.task.zero_shot:
-            results.metrics["dense_languages"] = workbench.score_languages(dense_logits)
+        if languages:
+            results.metrics["dense_languages"] = languages
         _gather(outcomes, recipe, results, output)
         metrics = results.write(output, title=f"{recipe.model} pruned on {workbench.task.name}")
     processes.wait_for_everyone()

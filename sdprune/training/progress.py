@@ -25,7 +25,8 @@ class ProgressBar(ProgressCallback):
         """Open the bar at the step where the training begins."""
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
-            self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
+            bar, self.current_step = self.training_bar, state.global_step
+            bar.initial = bar.n = bar.last_print_n = state.global_step
             self.training_bar.set_description(self.description)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:

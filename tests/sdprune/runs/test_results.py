@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sdprune.commands.table import print_table
 from sdprune.config import SDPruneConfig
+from sdprune.layers.pruned import PrunedLinear
 from sdprune.recipe import DataConfig, Recipe, StagesConfig
+from sdprune.runs import results
 from sdprune.runs.results import card_of, method_name
 from sdprune.runs.workbench import load_workbench
 
@@ -56,3 +59,20 @@ def test_the_table_fits_its_names(capsys):
     assert pruned.startswith(f"{long}  ")
     ends = {line.index(cell) + len(cell) for line, cell in ((header, "accuracy"), (dense, "50.0%"), (int8, "25.0%"))}
     assert ends == {pruned.index("50.0%") + len("50.0%")}
+
+
+def test_what_is_timed_has_the_layers_that_the_export_becomes(model, model_folder, csv_file, tmp_path, monkeypatch):
+    """Neurons that are gone leave the matrices of the model that is timed, and the card says so."""
+    dead = torch.arange(56)
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.dense.weight.data[dead] = 0.0
+        layer.output.dense.weight.data[:, dead] = 0.0
+    timed = []
+    monkeypatch.setattr(results, "speedup", lambda dense, pruned, inputs: timed.append(pruned) or 2.0)
+    workbench = load_workbench(str(model_folder), DataConfig(data=str(csv_file)))
+    gathered = results.Results(workbench, workbench.classifier.model, {"accuracy": 0.5, "macro_f1": 0.5})
+    config = SDPruneConfig(target_sparsity=0.5)
+    found = gathered.add(model, config, Recipe(str(model_folder)), tmp_path / "model")
+    assert sum(isinstance(module, PrunedLinear) for module in timed[0].modules()) == 4
+    assert found.row["reload_max_difference"] == 0.0
+    assert "sparse layers | 2.00" in (tmp_path / "model" / "README.md").read_text()
