@@ -29,7 +29,7 @@ from sdprune.recipe import RECIPE_NAME, Recipe, recipe_names
 from sdprune.runs.demo import FULL, QUICK, DemoSize, fine_tuned
 from sdprune.runs.predict import best_device, collate
 from sdprune.runs.run import run
-from sdprune.runs.workbench import Workbench, load_workbench
+from sdprune.runs.workbench import TRAINED, Workbench, load_workbench
 from sdprune.training.arguments import settled
 from sdprune.training.folder import METRICS_NAME, SCORES_NAME
 
@@ -172,7 +172,7 @@ def _linear_weights(model: nn.Module) -> int:
 @torch.inference_mode()
 def _mean_tokens(workbench: Workbench, model: nn.Module) -> Tensor:
     """The mean over the unpadded tokens of the last hidden state, of every test row."""
-    device, rows, size = best_device(), workbench.tested[""], workbench.batch_size
+    device, rows, size = best_device(), workbench.tested[TRAINED], workbench.batch_size
     model.to(device).eval()
     found = []
     for start in range(0, len(rows), size):
@@ -201,7 +201,7 @@ def _training_seconds(folder: Path) -> float:
 def _stamp(workbench: Workbench) -> Row:
     device = best_device()
     return {
-        "test_rows": len(workbench.tested[""]),
+        "test_rows": len(workbench.tested[TRAINED]),
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__,

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=_listed("--dtype", options.dtype, str),
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         sparsity=_listed("--sparsity", options.sparsity, float),
-        block_shape=options.block_shape and (parse_pair(options.block_shape) or options.block_shape),
+        block_shape=_block_shape(options.block_shape),
         compile=not options.no_compile,
         repeats=options.repeats,
     )
@@ -58,6 +58,13 @@ def run(options: argparse.Namespace) -> int:
     print(table(rows))
     print(f"\nThe rows are in {output / ROWS_NAME}; look at {report}")
     return 1 if any(outcome(row) for row in rows) else 0
+
+
+def _block_shape(text: str | None) -> tuple[int, int] | None:
+    shape = None if text is None else parse_pair(text)
+    if text is not None and shape is None:
+        raise ValueError(f"--block-shape must be two whole numbers of at least 1, such as 32x32, got {text!r}")
+    return shape
 
 
 def _listed(option: str, text: str, kind: type) -> tuple[Any, ...]:

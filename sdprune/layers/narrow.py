@@ -99,8 +99,10 @@ class NarrowLinear(_Smaller):
     def part_of(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor] | None:
         """Return what the state of this layer holds of a dense weight (out, in); None if it has fewer zeros."""
         part = super().part_of(weight, bias)
+        if part is None:
+            return None
         indices = {"rows": self.rows, "columns": self.columns}
-        return part and part | {name: index for name, index in indices.items() if index is not None}
+        return part | {name: index for name, index in indices.items() if index is not None}
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to rows in the last dimension of `input`."""

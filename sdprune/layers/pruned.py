@@ -57,13 +57,14 @@ class PrunedLinear(nn.Module):
         return dense_layer(self.dense_weight(), self.dense_bias(), transposed, trained).train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        error_msgs: list[str] = args[-1]
         weight = state_dict.get(f"{prefix}weight")
         stored = self.shape[::-1] if self.transposed else self.shape
         own = self.transposed and weight is not None and weight.shape == self.weight.shape  # square, nothing left out
         if weight is not None and tuple(weight.shape) == stored and not own:
             part = self.part_of(weight.T if self.transposed else weight, state_dict.get(f"{prefix}bias"))
             if part is None:
-                args[-1].append(f"{prefix}weight has other empty {self.units} than this layer")
+                error_msgs.append(f"{prefix}weight has other empty {self.units} than this layer")
                 return
             del state_dict[f"{prefix}weight"]
             state_dict |= {f"{prefix}{name}": value for name, value in part.items()}

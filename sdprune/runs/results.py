@@ -20,6 +20,7 @@ from sdprune.config import SDPruneConfig, split_term
 from sdprune.exports.card import ModelCard, Speed, write_model_card
 from sdprune.exports.export import export
 from sdprune.files import write_text
+from sdprune.formats.model_config import read_config
 from sdprune.layers.forms import plain_copy
 from sdprune.layers.pruned import PrunedLinear
 from sdprune.masking.pruner import Sparsity, measure_sparsity
@@ -29,7 +30,7 @@ from sdprune.methods.objectives import OBJECTIVES
 from sdprune.recipe import Recipe
 from sdprune.runs.fresh import fresh_logits
 from sdprune.runs.predict import best_device, speedup
-from sdprune.runs.workbench import BUNDLED_MODEL, Workbench
+from sdprune.runs.workbench import BUNDLED_MODEL, TRAINED, Workbench
 from sdprune.speed.timing import device_name
 from sdprune.training.folder import METRICS_NAME, SCORES_NAME
 
@@ -113,11 +114,12 @@ class Results:
         found, outputs = fresh_logits(folder, probe, batches, bf16=self.bf16, description=text)
         logits = workbench.gathered(outputs)
         sparsity = measure_sparsity(memory, select_linears(memory, config))
-        with (
-            torch.inference_mode(False),
-            torch.random.fork_rng(devices=[]),
-        ):  # the layers that this package computes with
-            timed = type(memory).from_pretrained(folder, dtype=torch.float32)
+        timed = memory
+        if hasattr(
+            read_config(folder), "quantization_config"
+        ):  # it becomes other layers for those who have this package
+            with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+                timed = type(memory).from_pretrained(folder, dtype=torch.float32)
         sparse = any(isinstance(module, PrunedLinear) for module in timed.modules())
         row = {
             "method": name or method_name(config),
@@ -135,7 +137,7 @@ class Results:
             row["languages"] = workbench.score_languages(logits)
         self.metrics["runs"].append(row)
         write_model_card(folder, card_of(recipe, workbench, row, self.metrics["dense"]))
-        return Assessment(row, logits[""], sparsity)
+        return Assessment(row, logits[TRAINED], sparsity)
 
     def record(self, name: str, folder: Path, config: SDPruneConfig, sparsity: Sparsity | None) -> None:
         """Gather what the report shows of a training, and of the zeros that it left, from its folder."""
@@ -169,7 +171,7 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
     speed = replace(speed, form=row.get("form", speed.form))
     return ModelCard(
         base_model=BUNDLED_ID if recipe.model == BUNDLED_MODEL else recipe.model,
-        method=_method(recipe, row),
+        method=_card_method(recipe, row),
         data=f"{task.name}: {splits}",
         seed=recipe.pruning.seed,
         metrics={name: row[name] for name in task.metrics},
@@ -181,7 +183,7 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
     )
 
 
-def _method(recipe: Recipe, row: Mapping[str, Any]) -> str:
+def _card_method(recipe: Recipe, row: Mapping[str, Any]) -> str:
     if not row["target_sparsity"]:
         return f"{row['method']}, not pruned"
     if recipe.stages.pipeline == "prune" and recipe.pruning.distillation_weights:

@@ -24,6 +24,7 @@ from sdprune.samples.multilingual import multilingual_model
 BUNDLED_MODEL = "bundled-minilm"
 BUNDLED_MULTILINGUAL = "bundled-multilingual"
 PROBE_ROWS = 32
+TRAINED = ""  # the language that is trained on, among those that are tested
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Workbench:
 
     @cached_property
     def tested(self) -> dict[str, EncodedExamples]:
-        """Encoded test rows, under "", and those of the languages that are not trained on."""
-        parts = {"": self.task.test, **self.task.zero_shot}
+        """Encoded test rows, under `TRAINED`, and those of the languages that are not trained on."""
+        parts = {TRAINED: self.task.test, **self.task.zero_shot}
         return {name: encode(part, self.classifier.tokenizer, self.max_length) for name, part in parts.items()}
 
     @cached_property
@@ -77,7 +78,7 @@ class Workbench:
         return {
             name: predict(model, batches, bf16=bf16, description=f"{description} {name}".strip())
             for name, batches in self.batches.items()
-            if languages or not name
+            if languages or name == TRAINED
         }
 
     def gathered(self, outputs: Iterable[Tensor]) -> dict[str, NDArray[np.float32]]:
@@ -93,12 +94,12 @@ class Workbench:
     @property
     def probe(self) -> dict[str, Tensor]:
         """One batch of test rows, to time models and to compare their logits to the bit."""
-        rows = [self.tested[""][index] for index in range(min(PROBE_ROWS, len(self.tested[""])))]
+        rows = [self.tested[TRAINED][index] for index in range(min(PROBE_ROWS, len(self.tested[TRAINED])))]
         return collate(self.classifier.tokenizer, rows)
 
     def score(self, logits: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
         """Return the task's metrics of test logits."""
-        return self._score(logits[""], self.tested[""], self.task.test)
+        return self._score(logits[TRAINED], self.tested[TRAINED], self.task.test)
 
     def score_languages(self, logits: Mapping[str, NDArray[np.float32]]) -> dict[str, dict[str, float]]:
         """Return the metrics of every language that is not trained on; empty where the task has none."""

@@ -124,13 +124,15 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _cell(row: Row, form: str) -> str:
-    """Fill `form` by the row; what was not measured is None or absent."""
+    """Fill `form` by the row; what was not measured, and only that, is None or absent."""
     known = {key: value for key, value in row.items() if value is not None}
     if choices := row.get("choices"):
         known["layers"] = " ".join(f"{count} {choice}" for choice, count in choices.items())
     try:
         return form.format_map(known)
-    except KeyError:
+    except KeyError as missing:
+        if missing.args[0] in ("contender", "dtype", "batch", "sequence", "sparsity"):
+            raise
         return ABSENT
 
 

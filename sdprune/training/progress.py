@@ -26,6 +26,7 @@ class ProgressBar(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
             bar, self.current_step = self.training_bar, state.global_step
+            bar.unit = "step"
             bar.initial = bar.n = bar.last_print_n = state.global_step
             self.training_bar.set_description(self.description)
 
@@ -38,6 +39,9 @@ class ProgressBar(ProgressCallback):
                 self.shown[name.removeprefix("loss_")] = f"{value:.3f}"
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown, refresh=False)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Draw no second bar over the batches of an evaluation."""
 
     def close(self) -> None:
         """Close the bar where the training broke off."""

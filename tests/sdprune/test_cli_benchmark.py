@@ -54,7 +54,7 @@ def test_random_blocks_show_what_to_expect(model_folder, tmp_path, capsys):
         (["--sequence", "64"], "--sequence must be at most 32, the positions of this model, got 64"),
         (["--dtype", "int8"], "--dtype must be of float32, bfloat16, float16, got 'int8'"),
         (["--sparsity", "much"], "--sparsity must be numbers such as 0.5,0.9, got 'much'"),
-        (["--block-shape", "32"], "--block-shape must be two whole numbers of at least 1, got '32'"),
+        (["--block-shape", "32"], "--block-shape must be two whole numbers of at least 1, such as 32x32, got '32'"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--config", "bert-base"], "give either MODEL_DIR or --config, and not both"),
         (["--repeats", "1"], "--repeats must be at least 3, got 1"),

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from sdp_kernels import BitMask, use_backend
 from sdprune import BlockSparseLinear, MaskedLinear
@@ -207,3 +208,12 @@ def test_narrow_layers_equal_the_dense_ones(bias, empty):
     assert tuple(layer.weight.shape) == kept
     assert layer.density == pytest.approx(kept[0] * kept[1] / 120)
     assert f"kept={kept}" in repr(layer)
+
+
+def test_a_square_transposed_layer_without_zeros_loads_its_own_state():
+    """Its own weight and the dense one, which stands transposed, have the same shape."""
+    torch.manual_seed(0)
+    layer = NarrowLinear.from_linear(Conv1D(4, 4))
+    weight = layer.weight.detach().clone()
+    layer.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.weight, weight)

@@ -76,3 +76,15 @@ def test_what_is_timed_has_the_layers_that_the_export_becomes(model, model_folde
     assert sum(isinstance(module, PrunedLinear) for module in timed[0].modules()) == 4
     assert found.row["reload_max_difference"] == 0.0
     assert "sparse layers | 2.00" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_difference_after_reloading_is_reported(model, model_folder, csv_file, tmp_path, monkeypatch):
+    workbench = load_workbench(str(model_folder), DataConfig(data=str(csv_file)))
+    with torch.inference_mode():
+        logits = model(**workbench.probe).logits
+        outputs = [model(**inputs).logits for inputs in workbench.batches[""].inputs]
+    monkeypatch.setattr(results, "fresh_logits", lambda *arguments, **options: (logits + 1.0, outputs))
+    gathered = results.Results(workbench, workbench.classifier.model, {"accuracy": 0.5, "macro_f1": 0.5})
+    found = gathered.add(model, SDPruneConfig(), Recipe(str(model_folder)), tmp_path / "model")
+    assert found.row["reload_max_difference"] == pytest.approx(1.0, rel=1e-3)
+    assert found.row["form"] == "dense weights with zeros"

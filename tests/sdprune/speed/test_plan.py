@@ -288,7 +288,8 @@ def test_plans_of_other_models_are_refused(pruned, batch, model_factory, always)
         apply(nn.Sequential(nn.Linear(2, 2)), found)
     times = Times(1.0, 1.0, 1.0, 3)
     wrong = LayerPlan("0", (2, 2), 0.5, 1, 1, "odd", {"dense": Candidate(1.0, times), "odd": Candidate(0.5, times)})
-    with pytest.raises(ValueError, match="choice must be 'dense', 'narrow' or a block shape such as '32x32', got"):
+    message = "choice must be 'dense', 'narrow' or a block shape such as '32x32', got 'odd'"
+    with pytest.raises(ValueError, match=message):
         apply(nn.Sequential(nn.Linear(2, 2)), Plan((wrong,), "", "", None, "", times, None))
 
 
