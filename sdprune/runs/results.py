@@ -115,9 +115,8 @@ class Results:
         logits = workbench.gathered(outputs)
         sparsity = measure_sparsity(memory, select_linears(memory, config))
         timed = memory
-        if hasattr(
-            read_config(folder), "quantization_config"
-        ):  # it becomes other layers for those who have this package
+        # a tagged export becomes other layers for those who have this package
+        if hasattr(read_config(folder), "quantization_config"):
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
                 timed = type(memory).from_pretrained(folder, dtype=torch.float32)
         sparse = any(isinstance(module, PrunedLinear) for module in timed.modules())
