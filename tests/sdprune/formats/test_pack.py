@@ -53,3 +53,13 @@ def test_what_is_chosen():
     assert choose(weight * blocks) == Form("block", (32, 32))
     assert str(choose(weight * (torch.rand(128, 1) < 0.5))) == "narrow"
     assert str(choose(weight * (torch.arange(128) > 3))) == "dense"  # not worth it
+
+
+@pytest.mark.parametrize(("removed", "shape"), [(None, (5, 4)), ("columns", (6, 4)), ("rows", (5, 8))])
+def test_only_the_side_that_is_removed_is_narrowed(removed, shape):
+    """An empty row stays where the layer loses columns, whose neighbours take and return rows of full size."""
+    weight = torch.ones(6, 8)
+    weight[2] = 0.0
+    weight[:, ::2] = 0.0
+    tensors = pack(weight, Form("narrow"), removed=removed)
+    assert tuple(tensors["weight"].shape) == (len(tensors["rows"]), len(tensors["columns"])) == shape
