@@ -11,6 +11,7 @@ from sdprune.distillation.terms import BatchOutputs, distillation_terms
 from sdprune.masking.pruner import gather, mask_model, masked_fraction, prune_step, zero_pruned
 from sdprune.masking.swap import masked_layers
 from sdprune.methods.criteria import CRITERIA, Layer, expected_gate, lamp, lookahead, magnitude, random, sampled_gate
+from tests.ranks import spawn
 
 SURE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LAYER = "bert.encoder.layer.1.intermediate.dense"
@@ -361,15 +362,15 @@ def train_on(rows, rank, world, options):
 RANKED = ({"criterion": "taylor", "structure": "block", "block_shape": (4, 4)}, {"criterion": "movement"})
 
 
-def train_on_a_rank(rank, folder, rows):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+def train_on_a_rank(folder, rows):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     torch.save([train_on(rows.chunk(2)[rank], rank, 2, options) for options in RANKED], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_end_with_the_masks_and_weights_of_one(tmp_path):
     rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
-    torch.multiprocessing.spawn(train_on_a_rank, (str(tmp_path), rows), nprocs=2)
+    spawn(train_on_a_rank, 2, str(tmp_path), rows)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for options, first, second in zip(RANKED, *ranks, strict=True):
         alone = train_on(rows, 0, 1, options)

@@ -1,9 +1,7 @@
 """Two processes that train one model together: what one process alone does, in the same folder."""
 
-import faulthandler
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from sdprune import SDPruneCallback, SDPruneConfig, SDPruneTrainer, prune
 from sdprune.masking.swap import masked_layers
 from sdprune.training.checkpoint import checkpoints
 from sdprune.training.progress import TrainingInterrupted
+from tests.ranks import spawn
 
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -111,11 +110,7 @@ def run(folder, fields, callbacks=(), **changes):
     return {"weights": result.model.state_dict(), "masks": keep.masks, "metrics": metrics}
 
 
-def train_on_a_rank(rank, folder, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(100, exit=True)  # where one process waits for the other in vain
+def train_on_a_rank(folder):
     folder = Path(folder)
     found = {name: run(folder / name, fields, **CHANGES[name]) for name, fields in RUNS.items()}
     by_length = {"train_sampling_strategy": "group_by_length"}
@@ -124,8 +119,7 @@ def train_on_a_rank(rank, folder, port):
         run(folder / "resumed", STEERED, [InterruptAt(4)], **by_length)
     (folder / "resumed" / "checkpoint-7").mkdir(exist_ok=True)  # as a kill leaves it
     found["resumed"] = run(folder / "resumed", STEERED, resume_from_checkpoint="latest", **by_length)
-    torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(found, folder / f"{os.environ['RANK']}.pt")
 
 
 def log(folder):
@@ -138,11 +132,8 @@ def losses(folder):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_train_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     together = tmp_path / "together"
-    torch.multiprocessing.spawn(train_on_a_rank, (str(together), port), nprocs=2)
+    spawn(train_on_a_rank, 2, str(together))
     first, second = (torch.load(together / f"{rank}.pt") for rank in (0, 1))
     assert list(first) == [*RUNS, "steered", "resumed"]
     torch.testing.assert_close(first, second, rtol=0, atol=0)
