@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 300  # after which a process that waits for another in vain says where, on two cores that others use too
+SECONDS = 120  # after which a process that waits for another in vain says where, on two cores that others use too
 
 
 def spawn(function: Callable[..., None], world_size: int, *arguments: Any) -> None:

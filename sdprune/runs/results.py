@@ -6,7 +6,7 @@ Of this are made its row in `metrics.json`, its card, and the report.
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +166,8 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
     task = workbench.task
     rows, tokens = next(iter(workbench.probe.values())).shape[:2]
     splits = f"{len(task.train)} training, {len(task.validation)} validation and {len(task.test)} test rows"
-    speed = Speed(row["speedup"], device_name(best_device()), "float32", int(rows), int(tokens))
-    speed = replace(speed, form=row.get("form", speed.form))
+    device, form = device_name(best_device()), row.get("form", Speed.form)
+    speed = Speed(row["speedup"], device, "float32", int(rows), int(tokens), form)
     return ModelCard(
         base_model=BUNDLED_ID if recipe.model == BUNDLED_MODEL else recipe.model,
         method=_card_method(recipe, row),

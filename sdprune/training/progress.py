@@ -28,7 +28,7 @@ class ProgressBar(ProgressCallback):
             bar, self.current_step = self.training_bar, state.global_step
             bar.unit = "step"
             bar.initial = bar.n = bar.last_print_n = state.global_step
-            self.training_bar.set_description(self.description)
+            bar.set_description(self.description)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Show what the log row says."""

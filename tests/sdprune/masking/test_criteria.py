@@ -365,12 +365,12 @@ RANKED = ({"criterion": "taylor", "structure": "block", "block_shape": (4, 4)}, 
 def train_on_a_rank(folder, rows):
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    torch.save([train_on(rows.chunk(2)[rank], rank, 2, options) for options in RANKED], f"{folder}/{rank}.pt")
+    torch.save([train_on(rows.chunk(2)[rank], rank, 2, options) for options in RANKED], folder / f"{rank}.pt")
 
 
 def test_two_processes_end_with_the_masks_and_weights_of_one(tmp_path):
     rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
-    spawn(train_on_a_rank, 2, str(tmp_path), rows)
+    spawn(train_on_a_rank, 2, tmp_path, rows)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for options, first, second in zip(RANKED, *ranks, strict=True):
         alone = train_on(rows, 0, 1, options)

@@ -111,7 +111,6 @@ def run(folder, fields, callbacks=(), **changes):
 
 
 def train_on_a_rank(folder):
-    folder = Path(folder)
     found = {name: run(folder / name, fields, **CHANGES[name]) for name, fields in RUNS.items()}
     by_length = {"train_sampling_strategy": "group_by_length"}
     found["steered"] = run(folder / "steered", STEERED, **by_length)
@@ -133,7 +132,7 @@ def losses(folder):
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_train_as_one(tmp_path):
     together = tmp_path / "together"
-    spawn(train_on_a_rank, 2, str(together))
+    spawn(train_on_a_rank, 2, together)
     first, second = (torch.load(together / f"{rank}.pt") for rank in (0, 1))
     assert list(first) == [*RUNS, "steered", "resumed"]
     torch.testing.assert_close(first, second, rtol=0, atol=0)
