@@ -19,6 +19,7 @@ RECIPE_NAME = "recipe.yaml"
 RECIPES = Path(__file__).parent / "recipes"
 PIPELINES = ("prune", "prune_then_distill", "pqk", "prune_quantize_distill")
 INITIALIZATIONS = ("random", "largest")
+LABEL_TYPES = ("class", "classes", "number")
 LR_SCHEDULERS = ("linear", "cosine", "constant_with_warmup", "cosine_with_restarts")
 
 
@@ -34,7 +35,11 @@ class DataConfig(CheckedConfig):
         test_data: file with test rows; None: a quarter of the training rows is held out.
         text_column: column of a file that holds the text, or lists of words (JSONL, Parquet) that are tagged.
         text_pair_column: column of a file that holds a second text, or None.
-        label_column: column of a file that holds the label, or lists with a tag for every word.
+        label_column: column of a file that holds the label, or lists with a tag for every word, or of several labels.
+        label_type: what the labels of a file are: "class" (one of several), "classes" (any number of them at once) or
+            "number" (to be predicted as such); None: what the model predicts, or without a trained head as the
+            labels suggest: lists are classes, numbers that are not all whole are numbers.
+        label_separator: what stands between the labels of a CSV or TSV cell that may hold several, such as "|".
         group_column: column of a file; rows of one group never fall into different splits.
         max_length: longest input in tokens, where the model takes as many; longer ones are cut.
         max_train_samples: use at most this many training rows; None: all.
@@ -48,6 +53,8 @@ class DataConfig(CheckedConfig):
     text_column: str = "text"
     text_pair_column: str | None = None
     label_column: str = "label"
+    label_type: str | None = None
+    label_separator: str | None = None
     group_column: str | None = None
     max_length: int = 128
     max_train_samples: int | None = None
@@ -58,6 +65,13 @@ class DataConfig(CheckedConfig):
         self._check_types()
         self._check_numbers("max_length", "max_train_samples", "max_eval_samples", least=8)
         self._check_numbers("split_seed", least=0)
+        if self.label_type is not None:
+            self._check_choice("label_type", LABEL_TYPES)
+        if self.label_separator == "" or (self.label_separator is not None and self.label_type not in (None, "classes")):
+            raise ValueError(
+                f"label_separator must be a text such as '|', and goes with label_type='classes', got "
+                f"{self.label_separator!r} with label_type={self.label_type!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch.utils.data import Dataset
 
@@ -14,16 +14,20 @@ _TOKENIZER_BATCH = 1000
 class Examples:
     """Labelled text, or words that each have a label.
 
+    What a row's label is, its type tells: an index of a class, a number, a set of classes, or a tuple with the class of
+    every word.
+
     Args:
         texts: one or two texts a row, equally many in every row; or the words of every row.
-        labels: index of the class, or a number to be predicted, of every row; or the classes of a row's words.
+        labels: index of the class, or a number to be predicted, of every row; or the set of its classes; or the classes
+            of a row's words.
 
     Raises:
         ValueError: there are not as many labels as rows or words, or neither one text in every row nor two.
     """
 
     texts: tuple[tuple[str, ...], ...]
-    labels: tuple[int, ...] | tuple[float, ...] | tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...] | tuple[float, ...] | tuple[tuple[int, ...], ...] | tuple[frozenset[int], ...]
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
@@ -44,6 +48,11 @@ class Examples:
         return bool(self.labels) and isinstance(self.labels[0], tuple)
 
     @property
+    def listed(self) -> bool:
+        """Whether a row has any number of classes, and not one."""
+        return bool(self.labels) and isinstance(self.labels[0], frozenset)
+
+    @property
     def queries(self) -> tuple[str, ...]:
         """The first text of every row: what is asked, where answers are ranked."""
         return tuple(texts[0] for texts in self.texts)
@@ -57,7 +66,7 @@ class Examples:
         """Return the rows with class `order[index]` for every class `index`."""
 
         def renumber(label: Any) -> Any:
-            return tuple(map(renumber, label)) if isinstance(label, tuple) else order[int(label)]
+            return type(label)(map(renumber, label)) if isinstance(label, tuple | frozenset) else order[int(label)]
 
         return replace(self, labels=renumber(self.labels))
 
@@ -67,7 +76,8 @@ class EncodedExamples(Dataset[dict[str, Any]]):
 
     Args:
         columns: what the tokenizer made, such as input_ids and attention_mask: a list of integers a row.
-        labels: label of every row; or of every token, -100 where it has none.
+        labels: label of every row; of rows with several, 1.0 or 0.0 for every class; or of every token, -100 where it
+            has none.
     """
 
     def __init__(
@@ -90,7 +100,7 @@ class EncodedExamples(Dataset[dict[str, Any]]):
         return {name: column[row] for name, column in self.columns.items()} | {"labels": self.labels[row]}
 
 
-def encode(examples: Examples, tokenizer: Any, max_length: int) -> EncodedExamples:
+def encode(examples: Examples, tokenizer: Any, max_length: int, *, num_labels: int = 0) -> EncodedExamples:
     """Tokenise all rows once. The first piece of a word has its label, the others -100.
 
     Words that are cut off, or of which the tokenizer leaves nothing, have no label and count in no score.
@@ -100,6 +110,7 @@ def encode(examples: Examples, tokenizer: Any, max_length: int) -> EncodedExampl
         tokenizer: a transformers tokenizer.
         max_length: longest row in tokens; longer ones are cut. The tokenizer's own limit holds where it is
             smaller.
+        num_labels: number of classes, where a row may have several.
 
     Raises:
         ValueError: the words have labels, but the tokenizer cannot tell which word a piece belongs to.
@@ -126,7 +137,10 @@ def encode(examples: Examples, tokenizer: Any, max_length: int) -> EncodedExampl
             columns.setdefault(name, []).extend(rows)
         if examples.tagged:
             tags += [_first_pieces(encoded.word_ids(row), labels) for row, labels in enumerate(batch.labels)]
-    return EncodedExamples(columns, tags if examples.tagged else examples.labels)
+    if examples.listed:
+        rows: Any = examples.labels
+        return EncodedExamples(columns, [[float(place in row) for place in range(num_labels)] for row in rows])
+    return EncodedExamples(columns, tags if examples.tagged else cast(Any, examples.labels))
 
 
 def _first_pieces(words: Sequence[int | None], labels: Any) -> list[int]:

@@ -23,11 +23,12 @@ def compute(
     """Score the outputs of a model.
 
     Args:
-        task_metrics: names among "accuracy", "macro_f1", "f1" (of class 1), "matthews", "pearson", "spearman", "ndcg"
-            and "span_f1".
+        task_metrics: names among "accuracy", "macro_f1", "micro_f1", "f1" (of class 1), "matthews", "pearson",
+            "spearman", "ndcg" and "span_f1".
         logits: (rows, classes); (rows,) or (rows, 1) where numbers are predicted; (rows, length, classes) where every
             token has a label.
-        labels: (rows,) or (rows, length), where tokens with the label -100 do not count.
+        labels: (rows,); (rows, classes) of 0 and 1 where a row may have several classes, each predicted by a logit
+            above 0; or (rows, length), where tokens with the label -100 do not count.
         queries: what every row answers, for "ndcg": rows of equal queries are ranked against each other.
         label_names: names of the classes, for "span_f1": tags such as "B-PER" and "O" (`spans`).
 
@@ -43,7 +44,8 @@ def compute(
     for name in task_metrics:
         if name not in (*_METRICS, "ndcg", "span_f1"):
             raise ValueError(f"unknown metric {name!r}; known are {', '.join((*_METRICS, 'ndcg', 'span_f1'))}")
-    counted = labels != IGNORED_LABEL if labels.ndim == 2 else ...
+    listed = labels.ndim == 2 == logits.ndim
+    counted = labels != IGNORED_LABEL if labels.ndim == 2 and not listed else ...
     flat_logits, flat_labels = logits[counted], labels[counted]
     if not len(flat_labels):
         raise ValueError("no token has a label")
@@ -60,6 +62,8 @@ def compute(
             if queries is None or len(queries) != len(flat_labels):
                 raise ValueError("the metric 'ndcg' ranks rows of equal queries, and needs one query a row")
             scores[name] = _ndcg(flat_labels, flat_logits, queries)
+        elif listed:
+            scores[name] = _f1_of_several(flat_labels, flat_logits, name)
         else:
             scores[name] = float(_METRICS[name](flat_labels, flat_logits))
     return scores
@@ -103,6 +107,18 @@ def _of_classes(name: str, **options: Any) -> Callable[[Array, Array], float]:
         return float(getattr(sklearn.metrics, name)(labels, logits.argmax(-1), **options))
 
     return metric
+
+
+def _f1_of_several(labels: Array, logits: Array, name: str) -> float:
+    """F1 where a row may have several classes; those that neither occur nor are predicted are left out, as with one."""
+    from sklearn.metrics import f1_score
+
+    if name not in ("micro_f1", "macro_f1"):
+        raise ValueError(f"the metric {name!r} needs one class a row; where rows have several, take micro_f1 or macro_f1")
+    found, told = labels > 0.5, logits > 0.0
+    there = found.any(0) | told.any(0)
+    average = name.removesuffix("_f1")
+    return float(f1_score(found[:, there], told[:, there], average=average, zero_division=0.0)) if there.any() else 0.0
 
 
 def _correlation(name: str) -> Callable[[Array, Array], float]:
@@ -180,6 +196,7 @@ def _span_f1(labels: Array, logits: Array, label_names: Sequence[str]) -> float:
 _METRICS: dict[str, Callable[[Array, Array], float]] = {
     "accuracy": lambda labels, logits: float((logits.argmax(-1) == labels).mean()),
     "macro_f1": _of_classes("f1_score", average="macro", zero_division=0.0),
+    "micro_f1": _of_classes("f1_score", average="micro", zero_division=0.0),
     "f1": _of_classes("f1_score", zero_division=0.0),
     "matthews": _of_classes("matthews_corrcoef"),
     "pearson": _correlation("pearsonr"),

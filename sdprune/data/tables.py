@@ -1,76 +1,116 @@
-"""Labelled text in a user's CSV, TSV, JSONL or Parquet file; the last two may hold words with a tag each."""
+"""Labelled text out of the columns of a user's file; rows may hold words with a tag each."""
 
-import json
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdprune.data.examples import Examples
+from sdprune.data.formats import read_columns
+from sdprune.data.labels import CLASS, CLASSES, NUMBER, Target, are_whole, as_number, sorted_names
 from sdprune.recipe import DataConfig
-
-Columns = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a file holds: a label is a string, a whole number or another finite number.
+    """What a file holds. A label is a name: its text as it stands there, without white space around it.
 
     Args:
         path: the file.
         texts: one or two texts a row; or the words of every row.
-        labels: labels of every row: one, or one a word.
+        labels: labels of every row: one, or any number of them, or one a word.
         groups: group of every row, or None.
         tagged: whether the words have the labels, and not the rows.
+        listed: whether the labels of a row are told as a list.
     """
 
     path: Path
     texts: tuple[tuple[str, ...], ...]
-    labels: tuple[tuple[str | int | float, ...], ...]
+    labels: tuple[tuple[str, ...], ...]
     groups: tuple[str, ...] | None
     tagged: bool
+    listed: bool = False
 
-    def class_names(self) -> tuple[str, ...]:
-        """Return the sorted names of the classes; none if the labels are numbers that are not all whole.
+    @property
+    def names(self) -> set[str]:
+        """The distinct labels."""
+        return {label for labels in self.labels for label in labels}
+
+    def decided(self, target: Target) -> Target:
+        """Return what the labels are taken for, and why: where `target` leaves it open, as they suggest themselves.
+
+        Raises:
+            ValueError: labels of words are taken for something else than classes.
+        """
+        if self.tagged and target.label_type not in (None, CLASS):
+            raise ValueError(
+                f"label_type must be 'class' where every word has a label, as in {self.path}, got "
+                f"{target.label_type!r} ({target.reason})"
+            )
+        if target.label_type is not None:
+            return target
+        if self.tagged:
+            return Target(CLASS, "every word has a label", target.trained)
+        if self.listed:
+            return Target(CLASSES, "a row may have several labels", target.trained)
+        if target.trained:
+            return Target(CLASS, target.reason, True)
+        if are_whole(self.names) or None in map(as_number, self.names):
+            numbers = "whole numbers" if are_whole(self.names) else "names"
+            return Target(CLASS, f"the labels are {numbers}")
+        return Target(NUMBER, "the labels are numbers, not all of them whole")
+
+    def class_names(self, label_type: str, others: Iterable[str] = (), *, trained: bool = False) -> tuple[str, ...]:
+        """Return the sorted names of the classes; none where numbers are predicted.
+
+        Args:
+            label_type: what the labels are taken for.
+            others: labels in other files that count as well.
+            trained: whether a model knows the classes, so that a single one will do.
 
         Raises:
             ValueError: all labels are equal.
         """
-        distinct = {label for labels in self.labels for label in labels}
-        if len(distinct) == 1:
+        distinct = self.names | set(others)
+        if len(distinct) == 1 and not trained:
             raise ValueError(f"{self.path} holds a single class, {str(*distinct)!r}; two are needed")
-        if any(isinstance(label, str) for label in distinct):
-            return tuple(sorted(map(str, distinct)))
-        if any(isinstance(label, float) for label in distinct):
-            return ()
-        return tuple(map(str, sorted(distinct)))
+        return () if label_type == NUMBER else sorted_names(distinct)
 
-    def examples(self, class_names: Sequence[str]) -> Examples:
-        """Return the rows with labels as indices into `class_names`, or as numbers if that is empty.
+    def examples(self, label_type: str, class_names: Sequence[str], reason: str) -> Examples:
+        """Return the rows with labels as indices into `class_names`, or as numbers.
+
+        Args:
+            label_type: what the labels are taken for.
+            class_names: of `class_names`.
+            reason: why the labels are taken for that, for messages.
 
         Raises:
-            ValueError: a label is no class, or no number; the message names the row.
+            ValueError: a label is no class or no number, or a row has not one label; the message names the row.
         """
         index = {name: place for place, name in enumerate(class_names)}
-        for row, label in ((row, label) for row, labels in enumerate(self.labels, start=1) for label in labels):
-            if class_names and str(label) not in index:
+        for row, labels in enumerate(self.labels, start=1):
+            if len(labels) != 1 and not self.tagged and label_type != CLASSES:
                 raise ValueError(
-                    f"{self.path} row {row}: the training rows never have the label {str(label)!r}, "
-                    f"only {', '.join(map(repr, class_names))}"
+                    f"{self.path} row {row} has {len(labels)} labels, but every row must have one ({reason})"
                 )
-            if not class_names and isinstance(label, str):
-                raise ValueError(
-                    f"{self.path} row {row}: the label {label!r} is no number, but the training labels are"
-                )
+            for label in labels:
+                if label_type == NUMBER and as_number(label) is None:
+                    raise ValueError(f"{self.path} row {row}: the label {label!r} is no number ({reason})")
+                if label_type != NUMBER and label not in index:
+                    raise ValueError(
+                        f"{self.path} row {row}: the training rows never have the label {label!r}, "
+                        f"only {', '.join(map(repr, class_names))}"
+                    )
+        if label_type == NUMBER:
+            return Examples(self.texts, tuple(as_number(label) or 0.0 for (label,) in self.labels))
+        rows = [tuple(index[label] for label in labels) for labels in self.labels]
         if self.tagged:
-            return Examples(self.texts, tuple(tuple(index[str(tag)] for tag in tags) for tags in self.labels))
-        labels = [label for (label,) in self.labels]
-        return Examples(
-            self.texts, tuple((index[str(label)] for label in labels) if class_names else map(float, labels))
-        )
+            return Examples(self.texts, tuple(rows))
+        if label_type == CLASSES:
+            return Examples(self.texts, tuple(map(frozenset, rows)))
+        return Examples(self.texts, tuple(place for (place,) in rows))
 
 
 def read_table(path: Path, config: DataConfig, *, grouped: bool) -> Table:
@@ -89,15 +129,11 @@ def read_table(path: Path, config: DataConfig, *, grouped: bool) -> Table:
     """
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path} has an unknown extension; known are {', '.join(FORMATS)}")
-    try:
-        columns = FORMATS[path.suffix.lower()](path)
-    except (ValueError, OSError, ImportError, Warning) as error:
-        raise ValueError(f"{path} could not be read: {first_line(error)}") from error
     text_names = [name for name in (config.text_column, config.text_pair_column) if name]
     group_name = config.group_column if grouped else None
-    for name in [*text_names, config.label_column, *([group_name] if group_name else [])]:
+    names = [*text_names, config.label_column, *([group_name] if group_name else [])]
+    columns = read_columns(path, names)
+    for name in names:
         if name not in columns:
             raise ValueError(
                 f"{path} has no column {name!r}; its columns are {', '.join(map(repr, columns)) or 'none'}"
@@ -115,8 +151,10 @@ def read_table(path: Path, config: DataConfig, *, grouped: bool) -> Table:
     groups = tuple(cells(group_name, _parse_text, "group")) if group_name else None
     if not any(isinstance(cell, list) for cell in columns[config.text_column]):
         texts = [cells(name, _parse_text, "text") for name in text_names]
-        labels = cells(config.label_column, _parse_label, "label")
-        return Table(path, tuple(zip(*texts, strict=True)), tuple((label,) for label in labels), groups, False)
+        _check_not_indicators(path, config.label_column, columns[config.label_column])
+        listed = config.label_separator is not None or any(isinstance(c, list) for c in columns[config.label_column])
+        labels = cells(config.label_column, partial(_parse_labels, separator=config.label_separator), "label")
+        return Table(path, tuple(zip(*texts, strict=True)), tuple(labels), groups, False, listed)
     if config.text_pair_column:
         raise ValueError(f"{path}: column {config.text_column!r} holds lists of words, which have no text_pair_column")
     words = cells(config.text_column, lambda cell: _parse_list(cell, _parse_text), "list of words")
@@ -130,9 +168,11 @@ def read_table(path: Path, config: DataConfig, *, grouped: bool) -> Table:
     return Table(path, tuple(words), tuple(tags), groups, True)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _check_not_indicators(path: Path, name: str, cells: Sequence[Any]) -> None:
+    """Raise ValueError for lists that tell by 0 and 1 whether a row has each class: as names they would be two."""
+    sizes = {len(cell) if isinstance(cell, list) else 0 for cell in cells}
+    if len(sizes) == 1 and min(sizes) > 1 and all(entry in (0, 1) for cell in cells for entry in cell):
+        raise ValueError(f"{path}: the lists in column {name!r} hold 0 or 1 for every class; list the classes by name")
 
 
 def _parse_text(cell: Any) -> str | None:
@@ -140,22 +180,28 @@ def _parse_text(cell: Any) -> str | None:
     return str(text) if text is not None and str(text).strip() else None
 
 
-def _parse_label(cell: Any) -> str | int | float | None:
+def _parse_label(cell: Any) -> str | None:
+    """Return a label's text; of numbers that JSON and Parquet tell from text, a whole one has no decimals."""
     label = _scalar(cell)
-    if label is None or not str(label).strip():
-        return None
-    try:
-        number = float(label) if not isinstance(label, bool) else math.nan
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        return str(label).strip()
-    return int(number) if number.is_integer() else number
+    if isinstance(label, float) and label.is_integer() and abs(label) < 2**53:
+        label = int(label)
+    return None if label is None or not str(label).strip() else str(label).strip()
 
 
-def _parse_tag(cell: Any) -> str | int | None:
+def _parse_labels(cell: Any, separator: str | None) -> tuple[str, ...] | None:
+    """Return the labels of a row: the entries of a list, the parts of a text, or the one that stands there."""
+    if separator is not None and isinstance(cell, str):
+        return tuple(dict.fromkeys(part.strip() for part in cell.split(separator) if part.strip()))
+    if isinstance(cell, list):
+        parsed = tuple(map(_parse_label, cell))
+        return None if None in parsed else tuple(dict.fromkeys(label for label in parsed if label is not None))
     label = _parse_label(cell)
-    return None if isinstance(label, float) else label
+    return None if label is None else (label,)
+
+
+def _parse_tag(cell: Any) -> str | None:
+    label = _parse_label(cell)
+    return None if isinstance(cell, float) and label is not None and not cell.is_integer() else label
 
 
 def _parse_list(cell: Any, parse: Callable[[Any], Any]) -> tuple[Any, ...] | None:
@@ -169,51 +215,3 @@ def _scalar(cell: Any) -> str | int | float | None:
     if isinstance(cell, float) and not math.isfinite(cell):
         return None
     return cell if isinstance(cell, str | int | float) else None
-
-
-def _read_separated(path: Path, *, separator: str) -> Columns:
-    import pandas
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)  # more cells than columns: an unquoted separator
-        # every cell as it stands: "NA", "null" and "007" are text
-        frame = pandas.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig"
-        )
-    return {str(name): frame[name].tolist() for name in frame.columns}
-
-
-def _read_jsonl(path: Path) -> Columns:
-    rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} is no JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no JSON object")
-            rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _read_parquet(path: Path) -> Columns:
-    import pandas
-
-    # nullable types: a column of whole numbers with gaps stays one
-    frame = pandas.read_parquet(path, dtype_backend="numpy_nullable")
-    return {
-        str(name): [cell.tolist() if hasattr(cell, "tolist") else cell for cell in frame[name].tolist()]
-        for name in frame.columns
-    }
-
-
-FORMATS: dict[str, Callable[[Path], Columns]] = {
-    ".csv": partial(_read_separated, separator=","),
-    ".tsv": partial(_read_separated, separator="\t"),
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}

@@ -3,15 +3,18 @@
 import bz2
 import csv
 import difflib
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 from sdprune.data.examples import EncodedExamples, Examples, encode
+from sdprune.data.formats import FORMATS
+from sdprune.data.labels import CLASSES, NUMBER, Target
 from sdprune.data.metrics import is_span_scheme
 from sdprune.data.splits import split_grouped, split_stratified, stratified_order
-from sdprune.data.tables import FORMATS, Table, read_table
+from sdprune.data.tables import Table, read_table
 from sdprune.data.xglue import XGLUE, load_parts, load_xglue
 from sdprune.recipe import DataConfig
 from sdprune.samples.english import sample_reviews
@@ -27,6 +30,9 @@ MULTILINGUAL_REVIEWS = "multilingual-reviews"
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
 REGRESSION_METRICS = ("pearson", "spearman")
 SPAN_METRICS = ("span_f1", "accuracy")
+LISTED_METRICS = ("micro_f1", "macro_f1")
+
+logger = logging.getLogger(__name__)
 
 
 class _GlueTask(NamedTuple):
@@ -50,12 +56,14 @@ _GLUE = {
     "rte": _GlueTask(_SENTENCES, ("entailment", "not_entailment")),
     "wnli": _GlueTask(_SENTENCES, ("not_entailment", "entailment")),
 }
+_OF_FILES = ("validation_data", "test_data", "text_pair_column", "group_column", "label_type", "label_separator")
 TASKS = (MOVIE_REVIEWS, MULTILINGUAL_REVIEWS, *_GLUE, *XGLUE)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Labelled text in three parts. Where words have the labels (`tagged`), the classes are those of words.
+    """Labelled text in three parts. Where words have the labels (`tagged`), the classes are those of words; where a row
+    may have several (`listed`), each is told by itself.
 
     Args:
         name: name of the task, or the file of its training rows.
@@ -91,12 +99,17 @@ class Task:
         return self.train.tagged
 
     @property
+    def listed(self) -> bool:
+        """Whether a row has any number of classes, and not one."""
+        return self.train.listed
+
+    @property
     def num_labels(self) -> int:
         """Outputs that a model of the task has."""
         return len(self.label_names) or 1
 
 
-def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
+def load_task(config: DataConfig, *, cache: Path | None = None, target: Target | None = None) -> Task:
     """Load the data that `config` names. The same configuration always gives the same rows.
 
     Movie reviews: a quarter of the movies is held out for the test, a tenth of the others for validation. The
@@ -105,20 +118,21 @@ def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
     the training rows.
     XGLUE: trained, validated and tested on English; the test rows of the other languages are reported apart.
     Files: parts without a file of their own are held out of the training rows: whole groups if there are
-    groups, with equal class balance otherwise. Labels that are numbers, not all whole, are predicted as numbers.
-    Where the text column holds lists of words, every word has a label: tags such as "B-PER" and "O" are scored by
+    groups, with equal class balance otherwise. What labels are, `target` says, or they themselves: lists are several
+    classes a row, numbers that are not all whole are predicted as numbers; the log tells which, and why. Where the text column holds lists of words, every word has a label: tags such as "B-PER" and "O" are scored by
     the spans they mark.
 
     Args:
         config: the names of the data and its columns.
         cache: folder that keeps the movie reviews; None: the user's cache.
+        target: what the labels of files are taken for; None: `config.label_type`, or as they suggest themselves.
 
     Raises:
         ValueError: the configuration or the rows are unusable; the message is one line that says which.
         OSError: the reviews or a GLUE or XGLUE task could not be fetched.
     """
     if config.data in TASKS:
-        for name in ("validation_data", "test_data", "text_pair_column", "group_column"):
+        for name in _OF_FILES:
             if getattr(config, name) is not None:
                 raise ValueError(f"{name} belongs to data in files, but data is the task {config.data!r}")
         if config.data == MOVIE_REVIEWS:
@@ -138,7 +152,7 @@ def load_task(config: DataConfig, *, cache: Path | None = None) -> Task:
             f"data {config.data!r} is neither a task nor a file{hint} "
             f"Tasks: {', '.join(TASKS)}; files: {', '.join(FORMATS)}"
         )
-    return _limited(_load_files(config), config)
+    return _limited(_load_files(config, target or Target(config.label_type, f"label_type={config.label_type!r}")), config)
 
 
 def _movie_reviews(seed: int, path: Path) -> Task:
@@ -166,7 +180,7 @@ def _load_glue(name: str, seed: int, repository: str = "nyu-mll/glue") -> Task:
         Examples(tuple(zip(*(part[column] for column in task.text_columns), strict=True)), tuple(part["label"]))
         for part in parts
     )
-    split = split_stratified(_strata(train, task.label_names), validation=VALIDATION_FRACTION, test=0.0, seed=seed)
+    split = split_stratified(_strata(train), validation=VALIDATION_FRACTION, test=0.0, seed=seed)
     return Task(name, task.label_names, train.select(split.train), train.select(split.validation), test, task.metrics)
 
 
@@ -175,34 +189,46 @@ def _load_xglue(name: str, seed: int) -> Task:
     return Task(name, task.label_names, parts.train, parts.validation, parts.test, task.metrics, parts.zero_shot)
 
 
-def _load_files(config: DataConfig) -> Task:
+def _load_files(config: DataConfig, target: Target) -> Task:
     table = read_table(Path(config.data), config, grouped=True)
     if len(table.texts) < MIN_ROWS:
         raise ValueError(f"{table.path} has {len(table.texts)} rows; at least {MIN_ROWS} are needed")
-    names = table.class_names()
-    rows = table.examples(names)
-    validation = 0.0 if config.validation_data else VALIDATION_FRACTION
-    test = 0.0 if config.test_data else TEST_FRACTION
-    if table.groups is not None:
-        split = split_grouped(table.groups, validation=validation, test=test, seed=config.split_seed)
-    else:
-        strata = _strata(rows, names)
-        split = split_stratified(strata, validation=validation, test=test, seed=config.split_seed)
-    parts = dict(zip(split._fields, map(rows.select, split), strict=True))
-    for part, file in (("validation", config.validation_data), ("test", config.test_data)):
-        if file:
-            parts[part] = _read_part(Path(file), config, table)
+    files = {"validation": config.validation_data, "test": config.test_data}
+    others = {part: _read_part(Path(file), config, table) for part, file in files.items() if file}
+    target = table.decided(target)
+    label_type = str(target.label_type)
+    known = {name for other in others.values() for name in other.names if target.trained}
+    names = table.class_names(label_type, known, trained=target.trained)
+    _tell(table, label_type, names, target)
+    rows = table.examples(label_type, names, target.reason)
+    parts = _split(rows, table.groups, {part: part not in others for part in files}, config.split_seed)
+    parts |= {part: other.examples(label_type, names, target.reason) for part, other in others.items()}
     for part, examples in parts.items():
         if len(examples) == 0:
             raise ValueError(f"{table.path} has too few rows or groups: none is left for the {part} part")
-        unseen = set(examples.labels) - set(parts["train"].labels)
+        unseen = _classes(examples) - _classes(parts["train"])
         if unseen and names and not table.tagged:  # a rare tag may well be in no training row
-            label = names[min(cast(set[int], unseen))]
-            raise ValueError(f"label {label!r} occurs in the {part} part, but in no training row")
-    return Task(config.data, names, parts["train"], parts["validation"], parts["test"], _metrics(names, table.tagged))
+            text = f"label {names[min(unseen)]!r} occurs in the {part} part, but in no training row"
+            if not target.trained:
+                raise ValueError(text)
+            logger.info("%s", text)
+    return Task(config.data, names, parts["train"], parts["validation"], parts["test"], _metrics(rows, names))
 
 
-def _read_part(path: Path, config: DataConfig, trained: Table) -> Examples:
+def _split(
+    rows: Examples, groups: Sequence[str] | None, held_out: Mapping[str, bool], seed: int
+) -> dict[str, Examples]:
+    """Return the parts that the rows of one file make; those that are not held out stay empty."""
+    validation = VALIDATION_FRACTION if held_out["validation"] else 0.0
+    test = TEST_FRACTION if held_out["test"] else 0.0
+    if groups is not None:
+        split = split_grouped(groups, validation=validation, test=test, seed=seed)
+    else:
+        split = split_stratified(_strata(rows), validation=validation, test=test, seed=seed)
+    return dict(zip(split._fields, map(rows.select, split), strict=True))
+
+
+def _read_part(path: Path, config: DataConfig, trained: Table) -> Table:
     table = read_table(path, config, grouped=False)
     if table.tagged != trained.tagged:
         kinds = {True: "lists of words", False: "text"}
@@ -210,17 +236,38 @@ def _read_part(path: Path, config: DataConfig, trained: Table) -> Examples:
             f"{path} holds {kinds[table.tagged]} in column {config.text_column!r}, "
             f"but {trained.path} holds {kinds[trained.tagged]}"
         )
-    return table.examples(trained.class_names())
+    return table
 
 
-def _metrics(label_names: Sequence[str], tagged: bool) -> tuple[str, ...]:
-    if tagged and is_span_scheme(label_names):
+def _tell(table: Table, label_type: str, names: Sequence[str], target: Target) -> None:
+    """Say in the log what the labels were taken for, and why."""
+    if label_type == NUMBER:
+        text = "numbers to predict"
+    else:
+        shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+        text = f"{len(names)} classes, {'any number a row' if label_type == CLASSES else 'one a row'} ({shown})"
+        text = text.replace("one a row", "one a word") if table.tagged else text
+    logger.info("%s: the labels are taken for %s, because %s", table.path, text, target.reason)
+
+
+def _classes(examples: Examples) -> set[int]:
+    """Return the classes that occur."""
+    labels: Sequence[Any] = examples.labels
+    return set().union(*labels) if examples.listed else set(labels)
+
+
+def _metrics(rows: Examples, label_names: Sequence[str]) -> tuple[str, ...]:
+    if rows.listed:
+        return LISTED_METRICS
+    if rows.tagged and is_span_scheme(label_names):
         return SPAN_METRICS
     return CLASSIFICATION_METRICS if label_names else REGRESSION_METRICS
 
 
-def _strata(examples: Examples, label_names: Sequence[str]) -> Sequence[Hashable]:
-    return examples.labels if label_names and not examples.tagged else [None] * len(examples)
+def _strata(examples: Examples) -> Sequence[Hashable]:
+    """Return what every part has its share of: the classes, where a row has one."""
+    one_class = all(isinstance(label, int) for label in examples.labels)
+    return examples.labels if one_class else [None] * len(examples)
 
 
 def _limited(task: Task, config: DataConfig) -> Task:
@@ -229,7 +276,7 @@ def _limited(task: Task, config: DataConfig) -> Task:
     def limited(examples: Examples, limit: int | None) -> Examples:
         if limit is None or limit >= len(examples):
             return examples
-        order = stratified_order(_strata(examples, task.label_names), config.split_seed)
+        order = stratified_order(_strata(examples), config.split_seed)
         return examples.select(sorted(order[:limit]))
 
     return replace(

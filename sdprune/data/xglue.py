@@ -8,7 +8,7 @@ The mapping is tested on local files of the same columns and splits; none of the
 from typing import Any, NamedTuple
 
 from sdprune.data.examples import Examples
-from sdprune.data.tables import first_line
+from sdprune.data.formats import first_line
 
 REPOSITORY = "microsoft/xglue"
 REVISION = "refs/convert/parquet"

@@ -4,27 +4,36 @@ from pathlib import Path
 from typing import Any
 
 
-def read_config(name: str | Path) -> Any:
+def read_config(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Read the configuration of a model as `transformers.AutoConfig.from_pretrained` does.
 
     Args:
         name: a folder, its config.json, or a name on the hub.
+        trust_remote_code: whether code that the model brings along may run.
 
     Raises:
-        ValueError: a field has a value of another type than its model allows; the message names file and field.
+        ValueError: a field has a value of another type than its model allows, or the model needs code of its own that
+            may not run; the message names file and field.
         OSError: there is no such file.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     file = Path(name) / "config.json" if Path(name).is_dir() else name
     # looked at before the configuration is made: only some releases of transformers check it, in their own words
-    architectures = PreTrainedConfig.get_config_dict(name)[0].get("architectures")
+    values = PreTrainedConfig.get_config_dict(name)[0]
+    architectures = values.get("architectures")
     names = [] if architectures is None else architectures
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(_no_model_class(file, architectures))
+    if "AutoConfig" in (values.get("auto_map") or {}) and not trust_remote_code:
+        if values.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{file}: the model needs code of its own ({values['auto_map']['AutoConfig']}); read that code, and if "
+                "you trust it, pass trust_remote_code=True (--trust-remote-code)"
+            )
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except StrictDataclassError as error:  # no ValueError of its own
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
 

@@ -16,7 +16,7 @@ from sdprune.data.examples import IGNORED_LABEL, EncodedExamples, Examples, enco
 from sdprune.data.metrics import compute
 from sdprune.data.tasks import MULTILINGUAL_REVIEWS, Task, load_task
 from sdprune.recipe import DataConfig
-from sdprune.runs.classifier import Classifier, align_labels, load_classifier
+from sdprune.runs.classifier import Classifier, align_labels, load_classifier, model_target
 from sdprune.runs.predict import Batches, collate, padded, predict
 from sdprune.samples.english import sample_model
 from sdprune.samples.multilingual import multilingual_model
@@ -37,6 +37,7 @@ class Workbench:
         classifier: the model and its tokenizer.
         max_length: longest input in tokens.
         batch_size: rows of a test batch.
+        trust_remote_code: whether code that the model brings along may run.
     """
 
     task: Task
@@ -44,22 +45,23 @@ class Workbench:
     classifier: Classifier
     max_length: int
     batch_size: int = 64
+    trust_remote_code: bool = False
 
     @cached_property
     def train(self) -> EncodedExamples:
         """Encoded training rows."""
-        return encode(self.task.train, self.classifier.tokenizer, self.max_length)
+        return self._encoded(self.task.train)
 
     @cached_property
     def validation(self) -> EncodedExamples:
         """Encoded validation rows."""
-        return encode(self.task.validation, self.classifier.tokenizer, self.max_length)
+        return self._encoded(self.task.validation)
 
     @cached_property
     def tested(self) -> dict[str, EncodedExamples]:
         """Encoded test rows, under `TRAINED`, and those of the languages that are not trained on."""
         parts = {TRAINED: self.task.test, **self.task.zero_shot}
-        return {name: encode(part, self.classifier.tokenizer, self.max_length) for name, part in parts.items()}
+        return {name: self._encoded(part) for name, part in parts.items()}
 
     @cached_property
     def batches(self) -> dict[str, Batches]:
@@ -69,7 +71,8 @@ class Workbench:
 
     def renewed(self) -> Self:
         """Return a workbench with the model as it was loaded, untouched by any training."""
-        return replace(self, classifier=load_classifier(self.source, self.task))
+        trusted = self.trust_remote_code
+        return replace(self, classifier=load_classifier(self.source, self.task, trust_remote_code=trusted))
 
     def predict(
         self, model: nn.Module, description: str, *, bf16: bool = False, languages: bool = True
@@ -85,6 +88,9 @@ class Workbench:
         """Return the logits of all `batches`, one after the other, as `predict` does."""
         following = iter(outputs)
         return {name: part.in_order(islice(following, len(part.rows))) for name, part in self.batches.items()}
+
+    def _encoded(self, part: Examples) -> EncodedExamples:
+        return encode(part, self.classifier.tokenizer, self.max_length, num_labels=self.task.num_labels)
 
     @property
     def collator(self) -> Any:
@@ -116,7 +122,14 @@ class Workbench:
         return compute(self.task.metrics, prediction.predictions, prediction.label_ids, queries, self.task.label_names)
 
 
-def load_workbench(model: str, data: DataConfig, cache: Path | None = None, batch_size: int = 64) -> Workbench:
+def load_workbench(
+    model: str,
+    data: DataConfig,
+    cache: Path | None = None,
+    batch_size: int = 64,
+    *,
+    trust_remote_code: bool = False,
+) -> Workbench:
     """Load a model and its data.
 
     Args:
@@ -126,15 +139,17 @@ def load_workbench(model: str, data: DataConfig, cache: Path | None = None, batc
         data: the labelled text.
         cache: where fetched samples are kept; None: the user's cache folder.
         batch_size: rows of a test batch.
+        trust_remote_code: whether code that the model brings along may run.
     """
-    task = load_task(data, cache=cache)
     source = _bundled(model, cache) or model
-    classifier = load_classifier(source, task)
+    target = model_target(source, data.label_type, trust_remote_code=trust_remote_code)
+    task = load_task(data, cache=cache, target=target)
+    classifier = load_classifier(source, task, trust_remote_code=trust_remote_code)
     if classifier.trained_head:
         task = align_labels(task, classifier.model)
     # encode knows the tokenizer's own limit, not the model's
     longest = min(data.max_length, getattr(classifier.model.config, "max_position_embeddings", data.max_length))
-    return Workbench(task, source, classifier, longest, batch_size)
+    return Workbench(task, source, classifier, longest, batch_size, trust_remote_code)
 
 
 def _bundled(model: str, cache: Path | None) -> str | None:
