@@ -2,9 +2,11 @@
 
 import argparse
 import errno
+import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from sdprune.commands import benchmark, demo, evaluate, export, inspect, prune
@@ -19,8 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from safetensors import SafetensorError
 
     _quiet_libraries()
-    if options.traceback:
-        return int(options.command(options))
+    with _told():
+        if options.traceback:
+            return int(options.command(options))
+        return _carried_out(options, SafetensorError)
+
+
+def _carried_out(options: argparse.Namespace, damaged: type[Exception]) -> int:
     try:
         return int(options.command(options))
     except KeyboardInterrupt as error:
@@ -30,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         _complain(f"error: {_one_line(error)}{_advice(error)}")
         return WRONG_INPUT
-    except (OSError, RuntimeError, ArithmeticError, ImportError, SafetensorError) as error:
+    except (OSError, RuntimeError, ArithmeticError, ImportError, damaged) as error:
         _complain(f"error: {_one_line(error)}{_advice(error)}")
         return FAILED
 
@@ -66,6 +73,23 @@ def _quiet_libraries() -> None:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Show the log of this package: what was decided, and what to beware of."""
+    log, handler = logging.getLogger("sdprune"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("sdprune: %(message)s"))
+    level, passed_on = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = passed_on
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, then renamed."""
+"""Files that are whole or absent: written under a temporary name, then renamed; and what others may know of a path."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,6 +26,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def public_name(value: Any) -> Any:
+    """Return the last part of a path on this machine; hub ids, names and what is no text as they are."""
+    if not isinstance(value, str) or "/" not in value.replace(os.sep, "/"):
+        return value
+    local = value.startswith(("/", "./", "../", "~")) or Path(value).is_absolute() or Path(value).exists()
+    return Path(value).name or value if local else value
 
 
 @contextmanager

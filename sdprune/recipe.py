@@ -1,8 +1,8 @@
 """A whole run: the model, its data, its training and its pruning, to and from YAML.
 
-A recipe file is flat: its keys are the field names of `Recipe`, `DataConfig`, `TrainingConfig`, `SDPruneConfig` and
-`StagesConfig`, which do not overlap. The command line takes the same names as options. The recipes of the package
-stand in `sdprune/recipes` and go by their names.
+A recipe file is flat: its keys are "model" and the field names of `FilesConfig`, `DataConfig`, `TrainingConfig`,
+`SDPruneConfig` and `StagesConfig`, which do not overlap. The command line takes the same names as options. The recipes
+of the package stand in `sdprune/recipes` and go by their names.
 """
 
 import difflib
@@ -20,6 +20,7 @@ RECIPES = Path(__file__).parent / "recipes"
 PIPELINES = ("prune", "prune_then_distill", "pqk", "prune_quantize_distill")
 INITIALIZATIONS = ("random", "largest")
 LABEL_TYPES = ("class", "classes", "number")
+DTYPES = ("float32", "bfloat16", "float16")
 LR_SCHEDULERS = ("linear", "cosine", "constant_with_warmup", "cosine_with_restarts")
 
 
@@ -67,7 +68,8 @@ class DataConfig(CheckedConfig):
         self._check_numbers("split_seed", least=0)
         if self.label_type is not None:
             self._check_choice("label_type", LABEL_TYPES)
-        if self.label_separator == "" or (self.label_separator is not None and self.label_type not in (None, "classes")):
+        separated = self.label_separator is not None
+        if self.label_separator == "" or (separated and self.label_type not in (None, "classes")):
             raise ValueError(
                 f"label_separator must be a text such as '|', and goes with label_type='classes', got "
                 f"{self.label_separator!r} with label_type={self.label_type!r}"
@@ -165,7 +167,27 @@ class StagesConfig(CheckedConfig):
             )
 
 
+@dataclass(frozen=True)
+class FilesConfig(CheckedConfig):
+    """How a model is read from its files, and written.
+
+    Args:
+        trust_remote_code: run the Python files that the model brings along; read them first.
+        export_dtype: of the weights of the pruned model, "float32", "bfloat16" or "float16"; None: as they came. The
+            training is in float32 with any of them.
+    """
+
+    trust_remote_code: bool = False
+    export_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if self.export_dtype is not None:
+            self._check_choice("export_dtype", DTYPES)
+
+
 PARTS: dict[str, type[Any]] = {  # field of a recipe -> what it holds
+    "files": FilesConfig,
     "data": DataConfig,
     "training": TrainingConfig,
     "pruning": SDPruneConfig,
@@ -179,6 +201,7 @@ class Recipe:
 
     Args:
         model: folder or hub id of a fine-tuned Transformer with a head that classifies texts or, for tags, tokens.
+        files: how it is read and written.
         data: the labelled text.
         training: the optimisation.
         pruning: the pruning and the distillation.
@@ -190,6 +213,7 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     pruning: SDPruneConfig = field(default_factory=SDPruneConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
+    files: FilesConfig = field(default_factory=FilesConfig)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -200,8 +224,11 @@ class Recipe:
                 raise ValueError(unknown_key_message(key, names))
         if not isinstance(values.get("model"), str):
             raise ValueError(f"model must be a folder or a hub id, got {values.get('model')!r}")
-        parts = (kind(**{key: values[key] for key in kind.field_names() if key in values}) for kind in PARTS.values())
-        return cls(values["model"], *parts)
+        parts = {
+            part: kind(**{key: values[key] for key in kind.field_names() if key in values})
+            for part, kind in PARTS.items()
+        }
+        return cls(values["model"], **parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the flat keys."""

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sdprune.commands.options import add_fields, given_fields
+from sdprune.commands.options import add_fields, add_trust, given_fields
 from sdprune.config import SDPruneConfig
 from sdprune.recipe import DataConfig
 
@@ -12,6 +12,7 @@ HELP = "score a model on the test rows of a data set"
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of `sdprune evaluate`."""
     parser.add_argument("model", help="folder or hub id")
+    add_trust(parser)
     add_fields(parser, DataConfig)
 
 
@@ -21,7 +22,8 @@ def run(options: argparse.Namespace) -> int:
     from sdprune.masking.select import select_linears
     from sdprune.runs.workbench import load_workbench
 
-    workbench = load_workbench(options.model, DataConfig(**given_fields(options, DataConfig)))
+    data = DataConfig(**given_fields(options, DataConfig))
+    workbench = load_workbench(options.model, data, trust_remote_code=options.trust_remote_code)
     model = workbench.classifier.model
     if not workbench.classifier.trained_head:
         raise ValueError(f"model {options.model!r} has no trained classification head to evaluate")

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from sdprune.commands.options import add_trust
+
 HELP = "write the model of a run, checkpoint or folder as files that plain transformers or other runtimes load"
 
 
@@ -11,6 +13,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=Path, help="a run's folder (its model, or its newest whole checkpoint), a checkpoint or a model"
     )
+    add_trust(parser)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument(
         "--format",
@@ -25,5 +28,5 @@ def run(options: argparse.Namespace) -> int:
     """Write the model and print its folder."""
     from sdprune.runs.export_folder import export_folder
 
-    print(export_folder(options.source, options.output, options.format))
+    print(export_folder(options.source, options.output, options.format, trust_remote_code=options.trust_remote_code))
     return 0

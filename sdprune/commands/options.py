@@ -8,18 +8,27 @@ import re
 import typing
 from typing import Any
 
+from sdprune.recipe import FilesConfig
+
 
 def add_fields(parser: Any, kind: Any) -> None:
     """Add an option for every field, absent by default; its help is the field's line in the docstring."""
     texts, hints = _field_texts(kind), typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
+        alone: dict[str, Any] = {"nargs": "?", "const": True} if hints[item.name] is bool else {}  # a bare --flag
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",
+            **alone,
             type=lambda text, hint=hints[item.name]: _parsed(text, hint),
             default=argparse.SUPPRESS,
             metavar="VALUE",
             help=f"{texts[item.name]} (default: {item.default})".replace("%", "%%"),
         )
+
+
+def add_trust(parser: Any) -> None:
+    """Add the option that lets the code of a model run, to commands that do not have it among their fields."""
+    parser.add_argument("--trust-remote-code", action="store_true", help=_field_texts(FilesConfig)["trust_remote_code"])
 
 
 def given_fields(options: argparse.Namespace, *kinds: Any) -> dict[str, Any]:

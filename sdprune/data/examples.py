@@ -83,7 +83,7 @@ class EncodedExamples(Dataset[dict[str, Any]]):
     def __init__(
         self,
         columns: dict[str, list[list[int]]],
-        labels: Sequence[int] | Sequence[float] | Sequence[Sequence[int]],
+        labels: Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | Sequence[Sequence[float]],
     ) -> None:
         self.columns = columns
         self.labels = labels
@@ -138,8 +138,8 @@ def encode(examples: Examples, tokenizer: Any, max_length: int, *, num_labels: i
         if examples.tagged:
             tags += [_first_pieces(encoded.word_ids(row), labels) for row, labels in enumerate(batch.labels)]
     if examples.listed:
-        rows: Any = examples.labels
-        return EncodedExamples(columns, [[float(place in row) for place in range(num_labels)] for row in rows])
+        sets = cast(tuple[frozenset[int], ...], examples.labels)
+        return EncodedExamples(columns, [[float(place in row) for place in range(num_labels)] for row in sets])
     return EncodedExamples(columns, tags if examples.tagged else cast(Any, examples.labels))
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Columns = Mapping[str, Sequence[Any]]
 SEPARATORS = (",", ";", "\t", "|")
@@ -81,7 +81,7 @@ def _read_separated(path: Path, names: Sequence[str], *, separator: str) -> Colu
     return {str(name): frame[name].tolist() for name in frame.columns}
 
 
-def _quoting(text: str, separator: str) -> int:
+def _quoting(text: str, separator: str) -> Literal[0, 3]:
     """Tell whether quotation marks enclose cells, or are text like any other.
 
     Raises:
@@ -96,13 +96,13 @@ def _quoting(text: str, separator: str) -> int:
         if match[2] != "" and broken is None:
             broken = match.start()
     if separator == "\t" and (joins or broken is not None) and _one_row_a_line(text, separator):
-        return csv.QUOTE_NONE
+        return 3  # csv.QUOTE_NONE
     if broken is not None:
         raise ValueError(
             f"line {_line(text, broken)} has a quotation mark that is not closed, or text behind the closing one "
             '(a mark within quotation marks is written twice: "")'
         )
-    return csv.QUOTE_MINIMAL
+    return 0  # csv.QUOTE_MINIMAL
 
 
 def _one_row_a_line(text: str, separator: str) -> bool:

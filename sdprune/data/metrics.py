@@ -114,7 +114,7 @@ def _f1_of_several(labels: Array, logits: Array, name: str) -> float:
     from sklearn.metrics import f1_score
 
     if name not in ("micro_f1", "macro_f1"):
-        raise ValueError(f"the metric {name!r} needs one class a row; where rows have several, take micro_f1 or macro_f1")
+        raise ValueError(f"the metric {name!r} needs one class a row; rows with several have micro_f1 and macro_f1")
     found, told = labels > 0.5, logits > 0.0
     there = found.any(0) | told.any(0)
     average = name.removesuffix("_f1")

@@ -119,8 +119,9 @@ def load_task(config: DataConfig, *, cache: Path | None = None, target: Target |
     XGLUE: trained, validated and tested on English; the test rows of the other languages are reported apart.
     Files: parts without a file of their own are held out of the training rows: whole groups if there are
     groups, with equal class balance otherwise. What labels are, `target` says, or they themselves: lists are several
-    classes a row, numbers that are not all whole are predicted as numbers; the log tells which, and why. Where the text column holds lists of words, every word has a label: tags such as "B-PER" and "O" are scored by
-    the spans they mark.
+    classes a row, numbers that are not all whole are predicted as numbers; the log tells which, and why. Where the
+    text column holds lists of words, every word has a label: tags such as "B-PER" and "O" are scored by the spans they
+    mark.
 
     Args:
         config: the names of the data and its columns.
@@ -152,7 +153,8 @@ def load_task(config: DataConfig, *, cache: Path | None = None, target: Target |
             f"data {config.data!r} is neither a task nor a file{hint} "
             f"Tasks: {', '.join(TASKS)}; files: {', '.join(FORMATS)}"
         )
-    return _limited(_load_files(config, target or Target(config.label_type, f"label_type={config.label_type!r}")), config)
+    target = target or Target(config.label_type, f"label_type={config.label_type!r}")
+    return _limited(_load_files(config, target), config)
 
 
 def _movie_reviews(seed: int, path: Path) -> Task:

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from sdprune.exports.inspect import Inspection, LayerReport, inspect_folder
-from sdprune.files import write_text
+from sdprune.files import public_name, write_text
 from sdprune.text import markdown_table
 
 CARD_NAME = "README.md"
@@ -44,7 +44,7 @@ class ModelCard:
     """What a card tells beside what the files themselves say.
 
     Args:
-        base_model: hub id, or in words, of the model that was pruned.
+        base_model: hub id, or in words, of the model that was pruned; of a path the last part is told.
         method: in words or as the literature names it.
         data: the training and test data in words.
         seed: of the run.
@@ -86,9 +86,10 @@ def write_model_card(directory: str | Path, card: ModelCard) -> Path:
         FileNotFoundError: config.json or weights are missing.
     """
     found = inspect_folder(directory)
-    title = f"# {Path(card.base_model).name}, {1.0 - found.density:.0%} of its linear weights pruned"
+    base = public_name(card.base_model)
+    title = f"# {Path(base).name}, {1.0 - found.density:.0%} of its linear weights pruned"
     origin = (
-        f"- Base model: {card.base_model}\n- Method: {card.method}\n- Data: {card.data}\n- Seed: {card.seed}\n"
+        f"- Base model: {base}\n- Method: {card.method}\n- Data: {card.data}\n- Seed: {card.seed}\n"
         "- Made with sdprune; the whole recipe is at the end"
     )
     parts = (origin, _loading(found), _scores(card), _sparsity(found), _speed(card), _losses(card, found))
@@ -198,6 +199,6 @@ def _speed(card: ModelCard) -> str:
 def _losses(card: ModelCard, found: Inspection) -> str:
     cases = losing_cases(card)
     if all(layer.structure in ("unstructured", "dense") for layer in found.layers):
-        cases.append("Its zeros have no structure that a product could skip: it is not faster than the dense model.")
+        cases.append("Its zeros have no structure that a product could skip: dense products take as long as before.")
     cases.append("It was tested only on the data named above; pruning can cost more on other data than these scores.")
     return "\n".join(["## Where it loses", "", *(f"- {case}" for case in cases)])

@@ -8,7 +8,7 @@ import torch
 from sdprune.config import SDPruneConfig
 from sdprune.exports.convert import Records, find_records, store
 from sdprune.exports.neurons import remove_neurons
-from sdprune.files import new_directory
+from sdprune.files import new_directory, public_name
 from sdprune.formats.files import VARIANT, WeightFiles, digest_of_rest
 from sdprune.formats.form import BLOCK_SHAPES, NARROW, UNSTRUCTURED, Form
 from sdprune.formats.tag import SDPruneQuantizationConfig
@@ -83,7 +83,7 @@ def export(
         zeros = {name: share for name, share in measure_sparsity(dense, dense_names(dense)).layers.items() if share}
         section: dict[str, Any] = {"version": 1, "format": format, "layers": zeros}
         if config is not None:
-            section["pruning"] = config.to_dict()
+            section["pruning"] = {name: public_name(value) for name, value in config.to_dict().items()}
         dense.config.sdprune = section
         if format != "plain":
             dense.config.quantization_config = SDPruneQuantizationConfig.of(records).to_dict()

@@ -184,6 +184,8 @@ def load(
     variant: str | None = None,
     dtype: torch.dtype | None = None,
     auto_class: Any = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load an exported folder without the loading hooks of transformers: config, empty model, tensors, layers.
 
@@ -193,13 +195,14 @@ def load(
         dtype: of the floating-point weights, but for those that the class of model keeps in float32; None: as they
             are stored.
         auto_class: such as `transformers.AutoModelForSequenceClassification`; None: the class that was exported.
+        trust_remote_code: run the Python files that the model brings along; read them first.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: a file is damaged or does not belong to this folder, or tensors are missing or unknown; the message
-            names file and field.
+        ValueError: a file is damaged or does not belong to this folder, tensors are missing or unknown, or the model
+            needs code of its own that may not run; the message names file and field.
         FileNotFoundError: a file is missing.
         TypeError: `dtype` is no torch.dtype.
     """
@@ -209,13 +212,13 @@ def load(
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'} is missing")
     files = WeightFiles.of(folder, variant)
-    config = read_config(folder)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     values = getattr(config, "quantization_config", None) or {"quant_method": METHOD}
     storage = SDPruneQuantizationConfig(**values)
     if auto_class is None:
-        model = exported_class(folder, config)._from_config(config)
+        model = exported_class(folder, config, trust_remote_code=trust_remote_code)._from_config(config)
     else:
-        model = auto_class.from_config(config)
+        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     stored = prepare(model, storage.records, files, storage.rest_sha256)
     _fill(model, files)
     if dtype is not None:

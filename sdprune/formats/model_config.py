@@ -26,30 +26,49 @@ def read_config(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     names = [] if architectures is None else architectures
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(_no_model_class(file, architectures))
-    if "AutoConfig" in (values.get("auto_map") or {}) and not trust_remote_code:
-        if values.get("model_type") not in CONFIG_MAPPING:
-            raise ValueError(
-                f"{file}: the model needs code of its own ({values['auto_map']['AutoConfig']}); read that code, and if "
-                "you trust it, pass trust_remote_code=True (--trust-remote-code)"
-            )
+    code = (values.get("auto_map") or {}).get("AutoConfig")
+    if code is not None and not trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(_needs_trust(file, code))  # before transformers asks on the terminal
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except StrictDataclassError as error:  # no ValueError of its own
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
 
 
-def exported_class(folder: Path, config: Any) -> Any:
+def exported_class(folder: Path, config: Any, *, trust_remote_code: bool = False) -> Any:
     """Return the class of the model in a folder, by its configuration.
 
+    Args:
+        folder: of the model.
+        config: its configuration.
+        trust_remote_code: whether code that the model brings along may run.
+
     Raises:
-        ValueError: it names no model class of transformers.
+        ValueError: it names no model class of transformers, or one of its own that may not run.
     """
     import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    made = getattr(transformers, config.architectures[0], None) if config.architectures else None
+    architecture = (config.architectures or [None])[0]
+    own = getattr(config, "auto_map", None) or {}
+    auto = next((name for name, place in own.items() if str(place).rpartition(".")[2] == architecture), None)
+    if auto is not None and trust_remote_code:
+        trusted: Any = get_class_from_dynamic_module(own[auto], str(folder))
+        trusted.register_for_auto_class(auto)  # so that `save_pretrained` takes its code along
+        return trusted
+    made = getattr(transformers, str(architecture), None)
     if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+        if auto is not None:
+            raise ValueError(_needs_trust(folder / "config.json", own[auto]))
         raise ValueError(_no_model_class(folder / "config.json", config.architectures))
     return made
+
+
+def _needs_trust(file: str | Path, code: str) -> str:
+    return (
+        f"{file}: the model needs code of its own ({code}); read that code, and if you trust it, pass "
+        "trust_remote_code=True (--trust-remote-code)"
+    )
 
 
 def _no_model_class(file: str | Path, architectures: Any) -> str:

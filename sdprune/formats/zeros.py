@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-SIDES = (4, 8, 16, 32, 64, 128)
+SIDES = (1, 4, 8, 16, 32, 64, 128)
+LEAST = 16  # weights of a block: smaller ones are full or empty by chance
 GROUPS = (4, 8, 16)
 SLACK = 1e-3  # of the kept blocks' weights may be zero by chance, as small values are in half precision
 
@@ -54,5 +55,6 @@ def _full_blocks(kept: Tensor, count: int) -> list[tuple[int, int]]:
             blocks = tall.view(tall.shape[0], -1, width).any(2)
             if not _full(count, int(blocks.sum()) * height * width):
                 break  # wider blocks cover more zeros still
-            found.append((height, width))
+            if height * width >= LEAST:
+                found.append((height, width))
     return found

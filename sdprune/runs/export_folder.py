@@ -20,7 +20,7 @@ from sdprune.runs.classifier import check_model_folder
 from sdprune.training.folder import config_of, model_of
 
 
-def export_folder(source: Path, output: Path, format: str | None = None) -> Path:
+def export_folder(source: Path, output: Path, format: str | None = None, *, trust_remote_code: bool = False) -> Path:
     """Export the model of a run, of a checkpoint or of a model folder.
 
     Of a finished run its model, of an unfinished one its newest whole checkpoint: with the zeros that its masks ask
@@ -30,6 +30,7 @@ def export_folder(source: Path, output: Path, format: str | None = None) -> Path
         source: the folder.
         output: the folder to make.
         format: as of `export`, or "onnx".
+        trust_remote_code: whether code that the model brings along may run.
 
     Raises:
         ValueError: the folder holds no model, one of a class that transformers does not have, or masks of another.
@@ -42,13 +43,14 @@ def export_folder(source: Path, output: Path, format: str | None = None) -> Path
         raise ValueError(f"{str(source)!r} is not a folder")
     folder = model_of(source)
     check_model_folder(str(folder))
-    kind = exported_class(folder, read_config(folder))
+    settings = read_config(folder, trust_remote_code=trust_remote_code)
+    kind = exported_class(folder, settings, trust_remote_code=trust_remote_code)
     model = kind.from_pretrained(folder, dtype=torch.float32 if format == "onnx" else "auto")
     config = config_of(source, folder.parent)
     _take_masks(model, folder, config)
     tokenizer = None
     if (folder / "tokenizer_config.json").exists():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if format != "onnx":
         return export(model, output, format, config=config, processing_class=tokenizer)
     export_onnx(model.eval(), output, _example_inputs(model, tokenizer), processing_class=tokenizer)

@@ -20,14 +20,18 @@ import transformers
 from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-source, target, threads, bf16, folder = sys.argv[1:]
+source, target, threads, bf16, trusted, folder = sys.argv[1:]
 torch.set_num_threads(int(threads))
 batches = {}
 for key, value in load_file(source).items():
     index, name = key.split(".", 1)
     batches.setdefault(int(index), {})[name] = value
-architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+options = {"trust_remote_code": trusted == "True"}
+config = transformers.AutoConfig.from_pretrained(folder, **options)
+name = config.architectures[0]
+if not hasattr(transformers, name):
+    name = next(auto for auto, place in config.auto_map.items() if place.endswith("." + name))
+model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, **options).eval()
 logits = {}
 with torch.inference_mode():
     logits["0"] = model(**batches.pop(0)).logits.clone()
@@ -50,6 +54,7 @@ def fresh_logits(
     batches: Sequence[Mapping[str, Tensor]] = (),
     *,
     bf16: bool = False,
+    trust_remote_code: bool = False,
     description: str | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Load an exported folder once, in a fresh process that never imports this package, and run it.
@@ -59,6 +64,7 @@ def fresh_logits(
         probe: one batch on the CPU, computed there in float32: to be compared with the model in memory to the bit.
         batches: more of them, computed on the accelerator where there is one.
         bf16: bfloat16 autocast for `batches`.
+        trust_remote_code: whether code that the model brings along may run.
         description: text of a progress bar; None: no bar.
 
     Returns:
@@ -77,7 +83,8 @@ def fresh_logits(
         save_file(tensors, source)
         # in a session of its own: Ctrl-C is for the training
         command = [sys.executable, "-c", _SCRIPT]
-        command += [str(source), str(target), str(torch.get_num_threads()), str(bf16), str(folder)]
+        command += [str(source), str(target), str(torch.get_num_threads())]
+        command += [str(bf16), str(trust_remote_code), str(folder)]
         with (
             log.open("w") as errors,
             tqdm(total=len(batches), desc=description, disable=description is None, unit="batch", leave=False) as bar,

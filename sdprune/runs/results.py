@@ -19,7 +19,7 @@ from sdprune.analysis.report import RunRecord, write_report
 from sdprune.config import SDPruneConfig, split_term
 from sdprune.exports.card import ModelCard, Speed, write_model_card
 from sdprune.exports.export import export
-from sdprune.files import write_text
+from sdprune.files import public_name, write_text
 from sdprune.formats.model_config import read_config
 from sdprune.layers.forms import plain_copy
 from sdprune.layers.pruned import PrunedLinear
@@ -103,20 +103,27 @@ class Results:
             name: of the method; "": as the configuration says.
         """
         workbench, probe = self.workbench, self.workbench.probe
+        trusted = workbench.trust_remote_code
         if not folder.exists():
-            export(model, folder, config=config, processing_class=workbench.classifier.tokenizer)
+            wanted = recipe.files.export_dtype
+            dtype = workbench.classifier.dtype if wanted is None else getattr(torch, wanted)
+            source = model if model.dtype == dtype else copy.deepcopy(plain_copy(model)).to(dtype)
+            export(source, folder, config=config, processing_class=workbench.classifier.tokenizer)
+        settings = read_config(folder, trust_remote_code=trusted)
         # A model under training may run in autocast; its dense copy runs in fp32, as a user would load it.
         memory = type(model)(copy.deepcopy(model.config))
         memory.load_state_dict(plain_copy(model).state_dict())
-        memory = memory.float().eval()
+        memory = memory.to(settings.dtype).float().eval()  # rounded as the file is
         batches = [inputs for part in workbench.batches.values() for inputs in part.inputs]
         text = f"testing {folder.name}"
-        found, outputs = fresh_logits(folder, probe, batches, bf16=self.bf16, description=text)
+        found, outputs = fresh_logits(
+            folder, probe, batches, bf16=self.bf16, trust_remote_code=trusted, description=text
+        )
         logits = workbench.gathered(outputs)
         sparsity = measure_sparsity(memory, select_linears(memory, config))
         timed = memory
         # a tagged export becomes other layers for those who have this package
-        if hasattr(read_config(folder), "quantization_config"):
+        if hasattr(settings, "quantization_config"):
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
                 timed = type(memory).from_pretrained(folder, dtype=torch.float32)
         sparse = any(isinstance(module, PrunedLinear) for module in timed.modules())
@@ -169,25 +176,32 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
     device, form = device_name(best_device()), row.get("form", Speed.form)
     speed = Speed(row["speedup"], device, "float32", int(rows), int(tokens), form)
     return ModelCard(
-        base_model=BUNDLED_ID if recipe.model == BUNDLED_MODEL else recipe.model,
+        base_model=BUNDLED_ID if recipe.model == BUNDLED_MODEL else public_name(recipe.model),
         method=_card_method(recipe, row),
-        data=f"{task.name}: {splits}",
+        data=f"{public_name(task.name)}: {splits}",
         seed=recipe.pruning.seed,
         metrics={name: row[name] for name in task.metrics},
         dense_metrics={name: dense[name] for name in task.metrics},
         speeds=(speed,),
-        recipe=recipe.to_dict(),
+        recipe={name: public_name(value) for name, value in recipe.to_dict().items()},
         task="token-classification" if task.tagged else "text-classification",
         dataset=GLUE if recipe.data.data in GLUE_TASKS else None,
     )
 
 
+def _structure_name(config: SDPruneConfig) -> str:
+    blocks = f"blocks of {config.block_shape[0]}x{config.block_shape[1]}"
+    named = {"block": blocks, "hybrid": f"neurons, {blocks}", "n:m": f"{config.n}:{config.m}"}
+    return named.get(config.structure, config.structure)
+
+
 def _card_method(recipe: Recipe, row: Mapping[str, Any]) -> str:
     if not row["target_sparsity"]:
         return f"{row['method']}, not pruned"
+    structure = _structure_name(recipe.pruning)
     if recipe.stages.pipeline == "prune" and recipe.pruning.distillation_weights:
         return (
-            f"self-distilled pruning ({row['method']}, {row['structure']}), "
+            f"self-distilled pruning ({row['method']}, {structure}), "
             "https://arxiv.org/abs/2109.15014, as reconstructed in sdprune"
         )
-    return f"pruning ({row['method']}, {row['structure']})"
+    return f"pruning ({row['method']}, {structure})"

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
+from sdprune.files import public_name
 from sdprune.recipe import RECIPE_NAME, Recipe
 from sdprune.runs.pipelines import Outcome, carry_out
 from sdprune.runs.results import Results, method_name
@@ -49,7 +50,13 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
     resume = resume and is_begun(output)  # killed before its first step: it begins again
     processes.wait_for_everyone()  # or one would write what another takes for an earlier run
     set_seed(recipe.pruning.seed)  # a head that the model lacks is made at random
-    workbench = load_workbench(recipe.model, recipe.data, cache, recipe.training.per_device_eval_batch_size)
+    workbench = load_workbench(
+        recipe.model,
+        recipe.data,
+        cache,
+        recipe.training.per_device_eval_batch_size,
+        trust_remote_code=recipe.files.trust_remote_code,
+    )
     config, classifier = recipe.pruning, workbench.classifier
     if not classifier.trained_head and (config.target_sparsity > 0.0 or config.distillation_weights):
         raise ValueError(
@@ -72,7 +79,8 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, cache: Path | Non
         if languages:
             results.metrics["dense_languages"] = languages
         _gather(outcomes, recipe, results, output)
-        metrics = results.write(output, title=f"{recipe.model} pruned on {workbench.task.name}")
+        model, data = public_name(recipe.model), public_name(workbench.task.name)
+        metrics = results.write(output, title=f"{model} pruned on {data}")
     processes.wait_for_everyone()
     return metrics
 
