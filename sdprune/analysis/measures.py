@@ -102,7 +102,7 @@ def recoveries(
         fraction: of the score before a pruning step that counts as recovered.
     """
     found = []
-    for moment, following in zip(moments, [*moments[1:], float("inf")], strict=True):
+    for moment, following in zip(moments, [*moments, float("inf")][1:], strict=True):
         earlier = [score for step, score in scores if step <= moment]
         if not earlier:
             continue

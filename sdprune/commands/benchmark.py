@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sdprune.commands.options import parse_pair
+from sdprune.commands.options import add_trust, parse_pair
 
 HELP = "time a model with zeros, dense and sparse, eager and compiled, and show where it breaks even"
 
@@ -14,6 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of `sdprune benchmark`."""
     parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="folder of an encoder or sequence classifier")
     parser.add_argument("--config", help="instead of MODEL_DIR, random weights: bert-base, bert-large or a config.json")
+    add_trust(parser)
     parser.add_argument("--batch", default="1,8,32", help="batch sizes (default: %(default)s)")
     parser.add_argument("--sequence", default="16,128", help="lengths in tokens (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of float32, bfloat16, float16 (default: %(default)s)")
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}")
     with threads(options.threads):
-        model = load_model(options.model, options.config)
+        model = load_model(options.model, options.config, trust_remote_code=options.trust_remote_code)
         output.mkdir(parents=True, exist_ok=True)
         rows = benchmark(model, config, output)
     report = write_report(output, rows, f"Speed of {options.model or options.config}")

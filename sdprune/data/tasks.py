@@ -243,12 +243,11 @@ def _read_part(path: Path, config: DataConfig, trained: Table) -> Table:
 
 def _tell(table: Table, label_type: str, names: Sequence[str], target: Target) -> None:
     """Say in the log what the labels were taken for, and why."""
-    if label_type == NUMBER:
-        text = "numbers to predict"
-    else:
+    text = "numbers to predict"
+    if label_type != NUMBER:
+        each = "any number a row" if label_type == CLASSES else f"one a {'word' if table.tagged else 'row'}"
         shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-        text = f"{len(names)} classes, {'any number a row' if label_type == CLASSES else 'one a row'} ({shown})"
-        text = text.replace("one a row", "one a word") if table.tagged else text
+        text = f"{len(names)} class{'es' * (len(names) > 1)}, {each} ({shown})"
     logger.info("%s: the labels are taken for %s, because %s", table.path, text, target.reason)
 
 

@@ -138,7 +138,7 @@ def _header(card: ModelCard, found: Inspection) -> str:
 
 def _loading(found: Inspection) -> str:
     _, marker, head = (found.architecture or "").rpartition("For")
-    kind = f"AutoModelFor{head}" if marker else "AutoModel"
+    kind = found.own_code or (f"AutoModelFor{head}" if marker else "AutoModel")
     before, variant = "", ""
     text = "The weights are dense with exact zeros: no other package is needed for the right outputs."
     if found.variant is not None:
@@ -153,6 +153,9 @@ def _loading(found: Inspection) -> str:
             ' The same model in fewer bytes: `variant="compact"`, after `import sdprune`. Never load that variant '
             "without the package."
         )
+    if found.own_code is not None:
+        variant += ", trust_remote_code=True"
+        text += " The code of the model is in this repository: read it before you trust it."
     code = f"{before}from transformers import {kind}\n\nmodel = {kind}.from_pretrained(FOLDER_OR_ID{variant})"
     return f"## Use\n\n```python\n{code}\n```\n\n{text}"
 

@@ -62,6 +62,7 @@ class Inspection:
         layers: the linear layers, in the model's order.
         other_bytes: of all other tensors: embeddings, biases, norms.
         architecture: class of the model; None if it is not known here: every matrix is listed then, and no heads.
+        own_code: such as "AutoModelForSequenceClassification", which loads a model whose code is in the folder.
     """
 
     directory: str
@@ -70,6 +71,7 @@ class Inspection:
     layers: tuple[LayerReport, ...]
     other_bytes: int
     architecture: str | None
+    own_code: str | None = None
 
     @property
     def density(self) -> float:
@@ -135,6 +137,7 @@ def inspect_folder(directory: str | Path, variant: str | None = None) -> Inspect
         layers=tuple(layers),
         other_bytes=rest,
         architecture=None if model is None else type(model).__name__,
+        own_code=next((name for name in config.get("auto_map") or {} if name.startswith("AutoModel")), None),
     )
 
 

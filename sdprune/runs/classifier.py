@@ -95,7 +95,7 @@ def load_classifier(name: str, task: Task, *, trust_remote_code: bool = False) -
         )
     except OSError as error:
         raise OSError(f"cannot load model {name!r}: {_one_line(error)}") from None
-    if config.num_labels != classes and not (task.label_names and config.num_labels > classes > 1):
+    if config.num_labels != classes and not (task.label_names and config.num_labels > classes):
         raise ValueError(
             f"model {name!r} has {config.num_labels} classes, but the labels of {task.name!r} are "
             f"{', '.join(task.label_names) or 'numbers'}: {classes} expected"

@@ -24,7 +24,7 @@ from sdprune.exports.export import export
 from sdprune.masking.schedule import pruning_moments, sparsity_levels
 from sdprune.recipe import DataConfig, Recipe, TrainingConfig
 from sdprune.runs.pipelines import carry_out
-from sdprune.runs.results import Assessment, Results
+from sdprune.runs.results import BUNDLED_ID, Assessment, Results
 from sdprune.runs.workbench import BUNDLED_MODEL, load_workbench
 from sdprune.samples.archive import cache_directory
 from sdprune.training.arguments import settled
@@ -125,7 +125,8 @@ def demo(output: Path, *, quick: bool = False, cache: Path | None = None) -> dic
     workbench = load_workbench(str(dense_folder), size.data, cache)
     task, dense = workbench.task, workbench.classifier.model
     scores = workbench.score(workbench.predict(dense, "testing dense", bf16=bf16))
-    results = Results(workbench, dense, scores, bf16=bf16)
+    base_model = f"{BUNDLED_ID}, fine-tuned on {size.data.data}"
+    results = Results(workbench, dense, scores, bf16=bf16, base_model=base_model)
     magnitude = replace(SDP_CC, distillation=None)
     assessments = {}
     for name, config in (

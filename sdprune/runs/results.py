@@ -80,14 +80,23 @@ class Results:
         dense: the model before pruning, to be timed beside every other one.
         scores: of the dense model on the test rows.
         bf16: whether models are scored in bfloat16 autocast.
+        base_model: what cards call the model before pruning; None: as the recipe names it.
 
     Attributes:
         metrics: what `metrics.json` will hold.
         records: the trainings that the report shows.
     """
 
-    def __init__(self, workbench: Workbench, dense: nn.Module, scores: dict[str, float], *, bf16: bool = False) -> None:
-        self.workbench, self.dense, self.bf16 = workbench, dense, bf16
+    def __init__(
+        self,
+        workbench: Workbench,
+        dense: nn.Module,
+        scores: dict[str, float],
+        *,
+        bf16: bool = False,
+        base_model: str | None = None,
+    ) -> None:
+        self.workbench, self.dense, self.bf16, self.base_model = workbench, dense, bf16, base_model
         self.metrics: dict[str, Any] = {"dense": scores, "baselines": {}, "runs": []}
         self.records: list[RunRecord] = []
 
@@ -142,7 +151,8 @@ class Results:
         if workbench.task.zero_shot:
             row["languages"] = workbench.score_languages(logits)
         self.metrics["runs"].append(row)
-        write_model_card(folder, card_of(recipe, workbench, row, self.metrics["dense"]))
+        card = card_of(recipe, workbench, row, self.metrics["dense"], base_model=self.base_model)
+        write_model_card(folder, card)
         return Assessment(row, logits[TRAINED], sparsity)
 
     def record(self, name: str, folder: Path, config: SDPruneConfig, sparsity: Sparsity | None) -> None:
@@ -161,7 +171,14 @@ class Results:
         return self.metrics
 
 
-def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense: Mapping[str, float]) -> ModelCard:
+def card_of(
+    recipe: Recipe,
+    workbench: Workbench,
+    row: Mapping[str, Any],
+    dense: Mapping[str, float],
+    *,
+    base_model: str | None = None,
+) -> ModelCard:
     """Gather a card.
 
     Args:
@@ -169,21 +186,23 @@ def card_of(recipe: Recipe, workbench: Workbench, row: Mapping[str, Any], dense:
         workbench: the model and its data.
         row: of `runs` in `metrics.json`.
         dense: scores of the model before pruning.
+        base_model: what to call that model; None: as the recipe names it.
     """
     task = workbench.task
+    base_model = base_model or (BUNDLED_ID if recipe.model == BUNDLED_MODEL else recipe.model)
     rows, tokens = next(iter(workbench.probe.values())).shape[:2]
     splits = f"{len(task.train)} training, {len(task.validation)} validation and {len(task.test)} test rows"
     device, form = device_name(best_device()), row.get("form", Speed.form)
     speed = Speed(row["speedup"], device, "float32", int(rows), int(tokens), form)
     return ModelCard(
-        base_model=BUNDLED_ID if recipe.model == BUNDLED_MODEL else public_name(recipe.model),
+        base_model=base_model,
         method=_card_method(recipe, row),
         data=f"{public_name(task.name)}: {splits}",
         seed=recipe.pruning.seed,
         metrics={name: row[name] for name in task.metrics},
         dense_metrics={name: dense[name] for name in task.metrics},
         speeds=(speed,),
-        recipe={name: public_name(value) for name, value in recipe.to_dict().items()},
+        recipe={name: public_name(value) for name, value in (recipe.to_dict() | {"model": base_model}).items()},
         task="token-classification" if task.tagged else "text-classification",
         dataset=GLUE if recipe.data.data in GLUE_TASKS else None,
     )

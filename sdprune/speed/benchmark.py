@@ -97,8 +97,13 @@ class BenchmarkConfig:
             raise ValueError(f"--repeats must be at least 3, got {self.repeats!r}")
 
 
-def load_model(folder: str | None, config: str | None) -> Any:
+def load_model(folder: str | None, config: str | None, *, trust_remote_code: bool = False) -> Any:
     """Load a model folder, or make a model with random weights from a name in `CONFIGS`, a config.json or its folder.
+
+    Args:
+        folder: of a model, or None.
+        config: what to make one from, or None.
+        trust_remote_code: whether code that the model brings along may run.
 
     Raises:
         ValueError: not exactly one of both is given, or it is no such folder, file or name.
@@ -108,18 +113,20 @@ def load_model(folder: str | None, config: str | None) -> Any:
     if (folder is None) == (config is None):
         raise ValueError("give either MODEL_DIR or --config, and not both")
     if config is not None:
-        made = _configuration(config)
-        return AutoModel.from_config(made).float().eval()  # type: ignore[no-untyped-call]
+        made = _configuration(config, trust_remote_code)
+        trusted: Any = {"trust_remote_code": trust_remote_code}
+        return AutoModel.from_config(made, **trusted).float().eval()  # type: ignore[no-untyped-call]
     path = Path(str(folder))
     if not (path / "config.json").exists() or not list(path.glob("*.safetensors")):
         raise ValueError(f"MODEL_DIR must be a folder with config.json and *.safetensors, got {str(folder)!r}")
-    architectures = read_config(path).architectures or ()
+    architectures = read_config(path, trust_remote_code=trust_remote_code).architectures or ()
     classifies = any("ForSequenceClassification" in name for name in architectures)
     kind: Any = AutoModelForSequenceClassification if classifies else AutoModel
-    return plain_copy(kind.from_pretrained(path, dtype=torch.float32)).eval()  # the layers are planned from their zeros
+    model = kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return plain_copy(model).eval()  # the layers are planned from their zeros
 
 
-def _configuration(name: str) -> Any:
+def _configuration(name: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     if name in CONFIGS:
@@ -127,7 +134,7 @@ def _configuration(name: str) -> Any:
         return AutoConfig.for_model(kind, **changes)
     if not Path(name).exists():
         raise ValueError(f"--config must be one of {', '.join(CONFIGS)}, a config.json or its folder, got {name!r}")
-    return read_config(name)
+    return read_config(name, trust_remote_code=trust_remote_code)
 
 
 @torch.no_grad()

@@ -61,6 +61,7 @@ def test_convergence_counts_from_the_pruning_step():
         Recovery(20, 0.90, 20, found[1].area),
     ]
     assert recoveries([(5, 0.8), (8, 0.8)], [5, 9])[0].area is None
+    assert recoveries(curve, []) == []  # a training that does not prune
     assert recoveries([], [5]) == []
 
 
