@@ -90,7 +90,7 @@ def test_several_classes_at_once(model_factory, tokenizer, file_of, tmp_path, in
     model_factory().bert.save_pretrained(tmp_path / "body")
     tokenizer.save_pretrained(tmp_path / "body")
     data = ["--data", file_of(lambda row, words: [WORDS[word] for word in words if word in WORDS])]
-    dense = ["--target-sparsity", "0", "--distillation", "none", "--learning-rate", "1e-3", "--max-steps", "300"]
+    dense = ["--target-sparsity", "0", "--distillation", "none", "--learning-rate", "2e-3", "--max-steps", "600"]
     output = ["--output", str(tmp_path / "dense")]
     assert main(["prune", "--model", str(tmp_path / "body"), *data, *FAST, *dense, *output]) == 0
     assert "3 classes, any number a row ('blame', 'film', 'praise')" in capsys.readouterr().err
