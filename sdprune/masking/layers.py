@@ -10,7 +10,7 @@ from torch.nn import functional
 from sdp_kernels import BitMask, masked_linear, zero_
 from sdp_kernels.masked_linear.cpu import worthwhile
 from sdp_kernels.masks import ActiveBlocks
-from sdprune.masking.linears import matrix
+from sdprune.masking.linears import is_linear, matrix, more_than_linear
 from sdprune.methods.criteria import expected_gate, sampled_gate
 
 LISTS = ("crow_indices", "col_indices", "ccol_indices", "row_indices")
@@ -113,7 +113,17 @@ class MaskedLinear(nn.Linear):
     def from_dense(
         cls, linear: Any, *, keep_pruned_values: bool = False, block_shape: tuple[int, int] | None = None
     ) -> Self:
-        """Return a masked layer that shares the parameters of a dense one, with nothing pruned yet."""
+        """Return a masked layer that shares the parameters of a dense one, with nothing pruned yet.
+
+        Raises:
+            TypeError: `linear` is no linear layer.
+            ValueError: it is more than that, so that a masked layer would not compute what it does.
+        """
+        if not is_linear(linear):
+            raise TypeError(f"linear must be a linear layer, got {type(linear).__name__}")
+        fault = more_than_linear(linear)
+        if fault is not None:
+            raise ValueError(f"linear ({type(linear).__name__}) cannot be masked: {fault}")
         out_features, in_features = matrix(linear).shape
         options: dict[str, Any] = {"keep_pruned_values": keep_pruned_values, "block_shape": block_shape}
         layer = cls(in_features, out_features, linear.bias is not None, device="meta", **options)

@@ -1,5 +1,6 @@
 """One pruning step over a model: scores, masks, zeros; and what the masks amount to."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,20 +12,25 @@ from sdp_kernels import BitMask, zero_
 from sdprune.config import SDPruneConfig
 from sdprune.masking.layers import MaskedConv1D, MaskedLinear
 from sdprune.masking.partition import Partition
-from sdprune.masking.select import select_linears
+from sdprune.masking.select import select_linears, unreached
 from sdprune.masking.swap import mask_layer, masked_layers, named_weights, swap, unswap
 from sdprune.methods.criteria import CRITERIA, Layer
 
+logger = logging.getLogger(__name__)
+
 
 def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
-    """Swap the layers that `config` prunes for masked ones, in place; logits stay equal to the bit.
+    """Swap the layers that `config` prunes for masked ones, in place; logits stay equal to the bit, hooks where they are.
+
+    What lies in the layers and is out of reach (see `unreached`) is told in the log.
 
     Returns:
         What is pruned together.
 
     Raises:
-        ValueError: the choice matches nothing, a layer cannot take the structure, or the model is pruned already under
-            masks of other blocks.
+        ValueError: as of `select_linears`; a layer cannot take the structure, or the model is pruned already under
+            masks of other blocks. The model stays as it is.
+        TypeError: the model is no module.
     """
     if masked_layers(model) and masked_fraction(model) == 0.0:
         unswap(model)  # masks that prune nothing, such as those of a run that was refused
@@ -43,7 +49,21 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
         if criterion.update is not None:
             layer = masked_layers(model.get_submodule(name))[""]
             layer.gather_scores(criterion.start, hard_concrete=criterion.gates)
+    _tell_unreached(model)
     return partition
+
+
+def _tell_unreached(model: nn.Module) -> None:
+    found = unreached(model)
+    if found:
+        share = sum(found.values()) / sum(parameter.numel() for parameter in model.parameters())
+        logger.warning(
+            "%.1f %% of the model's parameters are out of reach and stay dense: %s, %d such weights in the stack of layers "
+            "belong to no linear layer",
+            100 * share,
+            next(iter(found)),
+            len(found),
+        )
 
 
 @torch.no_grad()
@@ -178,12 +198,14 @@ class Sparsity:
         zeros: zeros in the pruned layers.
         prunable: weights of the pruned layers.
         parameters: parameters of the whole model, embeddings included.
+        unreached: weights in the stack of layers that belong to no linear layer, such as those of experts.
     """
 
     layers: dict[str, float]
     zeros: int
     prunable: int
     parameters: int
+    unreached: int = 0
 
     @property
     def linear(self) -> float:
@@ -194,6 +216,11 @@ class Sparsity:
     def model(self) -> float:
         """The same zeros as a fraction of all parameters."""
         return self.zeros / max(self.parameters, 1)
+
+    @property
+    def unreached_share(self) -> float:
+        """The weights that were out of reach as a fraction of all parameters."""
+        return self.unreached / max(self.parameters, 1)
 
 
 def measure_sparsity(model: nn.Module, names: list[str] | None = None) -> Sparsity:
@@ -210,6 +237,7 @@ def measure_sparsity(model: nn.Module, names: list[str] | None = None) -> Sparsi
         zeros=sum(zeros.values()),
         prunable=sum(weight.numel() for weight in weights.values()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        unreached=sum(unreached(model).values()),
     )
 
 

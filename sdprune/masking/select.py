@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from sdprune.config import SDPruneConfig
-from sdprune.masking.linears import is_linear
+from sdprune.masking.bare import adapted, check_bare
+from sdprune.masking.layers import MaskedLinear
+from sdprune.masking.linears import is_linear, more_than_linear, not_trainable
 
 
 def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
@@ -17,8 +19,11 @@ def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
 
     Raises:
         ValueError: a pattern is no regular expression or matches no linear layer, or nothing is left (the
-            candidates are listed); or a chosen weight is shared with another module.
+            candidates are listed); a chosen weight is shared with another module; a chosen layer computes more than
+            the product with its weight, cannot be trained, or has an adapter; or the model is wrapped.
+        TypeError: the model is no module.
     """
+    check_bare(model)
     candidates = [name for name, module in model.named_modules() if is_linear(module) and name]
     if config.target_modules is None:
         chosen = _in_layer_stack(model, candidates)
@@ -34,20 +39,43 @@ def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
         chosen = [name for name in chosen if name not in excluded]
         if not chosen:
             raise ValueError("exclude_modules leaves no layer to prune. " + _listed(candidates))
+    _check_layers(model, chosen)
     _check_unshared(model, chosen)
     return chosen
 
 
+def unreached(model: nn.Module) -> dict[str, int]:
+    """Return the size of each weight in the stack of layers that no choice of layers can reach, by name.
+
+    These are the floating-point parameters of two or more dimensions that belong to no linear layer, embedding or
+    normalisation: experts that are stored as one tensor of matrices, convolutions, matrices of other modules.
+    """
+    stacks, known = _stacks(model), set()
+    for module in model.modules():
+        embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if is_linear(module) or embeds or "Norm" in type(module).__name__:
+            known |= {id(parameter) for parameter in module.parameters(recurse=is_linear(module))}
+    return {
+        name: value.numel()
+        for name, value in model.named_parameters()
+        if name.startswith(stacks) and value.dim() >= 2 and value.is_floating_point() and id(value) not in known
+    }
+
+
 def _in_layer_stack(model: nn.Module, candidates: list[str]) -> list[str]:
+    stacks = _stacks(model)
+    return [name for name in candidates if name.startswith(stacks)]
+
+
+def _stacks(model: nn.Module) -> tuple[str, ...]:
     # transformers names the attribute that holds the body; what lies outside it is a head.
     prefix = getattr(model, "base_model_prefix", "")
     body = f"{prefix}." if prefix and hasattr(model, prefix) else ""
-    stacks = tuple(
+    return tuple(
         f"{name}."
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and f"{name}.".startswith(body)
     )
-    return [name for name in candidates if name.startswith(stacks)]
 
 
 def _matching(option: str, patterns: str | tuple[str, ...], candidates: list[str]) -> list[str]:
@@ -69,6 +97,21 @@ def _listed(candidates: Iterable[str], limit: int = 12) -> str:
     names = list(candidates)
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return f"Linear layers of this model: {', '.join(names[:limit]) or 'none'}{more}"
+
+
+def _check_layers(model: nn.Module, chosen: list[str]) -> None:
+    """Refuse what would not be the same layer under a mask."""
+    adapters = adapted(model)
+    for name in chosen:
+        layer: nn.Module = model.get_submodule(name)
+        if name.startswith(adapters):
+            raise ValueError(
+                f"layer {name!r} has an adapter of PEFT; merge it first (merge_and_unload() of the PeftModel), or prune "
+                "the model without it and train the adapter afterwards, under freeze_sparsity"
+            )
+        fault = None if isinstance(layer, MaskedLinear) else more_than_linear(layer) or not_trainable(layer)
+        if fault is not None:
+            raise ValueError(f"layer {name!r} ({type(layer).__name__}) cannot be pruned: {fault}")
 
 
 def _check_unshared(model: nn.Module, chosen: list[str]) -> None:

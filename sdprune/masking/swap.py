@@ -6,33 +6,36 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from sdprune.masking.layers import MaskedConv1D, MaskedLinear
-from sdprune.masking.linears import is_conv1d, is_linear
+from sdprune.masking.linears import is_conv1d, is_linear, replace
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def mask_layer(layer: nn.Module, **options: Any) -> MaskedLinear:
-    """Return the masked layer that shares the parameters of a linear one; options as of `MaskedLinear`."""
-    if is_conv1d(layer):
-        return MaskedConv1D.from_dense(layer, **options)
-    if not isinstance(layer, nn.Linear):
-        raise TypeError(f"layer must be a linear layer, got {type(layer).__name__}")
-    return MaskedLinear.from_dense(layer, **options)
+    """Return the masked layer that shares the parameters of a linear one; options and errors as of `MaskedLinear`."""
+    return (MaskedConv1D if is_conv1d(layer) else MaskedLinear).from_dense(layer, **options)
 
 
 def swap(model: Model, names: Iterable[str], make: Callable[[Any], nn.Module] = mask_layer) -> Model:
-    """Replace every named linear layer by `make(layer)`, in place; layers already masked stay. Returns the model."""
+    """Replace every named linear layer by `make(layer)`, in place; layers already masked stay, as do hooks.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a layer is more than linear; those before it are replaced by then (see `select_linears`).
+    """
     for name in names:
         layer = model.get_submodule(name)
         if is_linear(layer) and not isinstance(layer, MaskedLinear):
-            model.set_submodule(name, make(layer))
+            replace(model, name, make(layer))
     return model
 
 
 def unswap(model: Model) -> Model:
-    """Replace every masked layer by the dense layer with its zeros, in place. Returns the model."""
+    """Replace every masked layer by the dense layer with its zeros, in place; hooks stay. Returns the model."""
     for name, layer in masked_layers(model).items():
-        model.set_submodule(name, layer.to_dense())
+        replace(model, name, layer.to_dense())
     return model
 
 
