@@ -79,7 +79,7 @@ def _quiet_libraries() -> None:
 def _told() -> Iterator[None]:
     """Show the log of this package: what was decided, and what to beware of."""
     log, handler = logging.getLogger("sdprune"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("sdprune: %(message)s"))
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     level, passed_on = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -123,6 +123,11 @@ def select_mask(
     return masks[0] if isinstance(scores, Tensor) else masks
 
 
+def pruned_count(sparsity: float, units: int) -> int:
+    """Return how many of `units` are pruned at a sparsity: the nearest number, the even one of two."""
+    return round(sparsity * units)
+
+
 def _check_matrices(matrices: list[Tensor]) -> None:
     for index, matrix in enumerate(matrices):
         check_floating(f"scores[{index}]", matrix)
@@ -174,7 +179,7 @@ def _highest_words(
 ) -> list[Tensor]:
     """The words of the masks of the units, ranked all together or each matrix by itself."""
     groups = [list(range(len(units)))] if together else [[index] for index in range(len(units))]
-    pruned = [round(sparsity * sum(units[index].numel() for index in group)) for group in groups]
+    pruned = [pruned_count(sparsity, sum(units[index].numel() for index in group)) for group in groups]
     if backend == "triton":
         from sdp_kernels.mask_selection.kernel import keep_highest as keep_highest_triton
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdp_kernels import BitMask, select_mask
+from sdp_kernels.mask_selection import pruned_count
 from sdprune.config import SDPruneConfig
 from sdprune.masking.coupling import Coupling, find_couplings
 from sdprune.masking.linears import matrix
@@ -36,6 +37,11 @@ class Blocks:
     def layers(self) -> tuple[str, ...]:
         """The layers whose weights the units are made of."""
         return (self.name,)
+
+    @property
+    def kind(self) -> str:
+        """What a unit is called."""
+        return "weight" if self.block_shape == (1, 1) else f"block of {self.block_shape[0]}x{self.block_shape[1]}"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -80,6 +86,11 @@ class Units:
     def layers(self) -> tuple[str, ...]:
         """The layers whose weights the units are made of."""
         return (*self.coupling.producers, self.coupling.consumer)
+
+    @property
+    def kind(self) -> str:
+        """What a unit is called."""
+        return self.coupling.kind
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -163,6 +174,32 @@ class Partition:
         of_blocks = {each.name: sides for sides, part in blocks.items() for each in part if sides != (1, 1)}
         return cls(parts, of_blocks, inside)
 
+    def check_target(self, config: SDPruneConfig) -> None:
+        """Raise ValueError if the target leaves nothing of a layer, however its units are ranked."""
+        target, structure = config.target_sparsity, STRUCTURES[config.structure]
+        if target == 0.0 or structure.groups is not None:  # of a group n units stay, and n is at least 1
+            return
+        for part in self.parts:
+            counts = [math.prod(each.grid) for each in part]
+            if config.scope == "global":
+                floor = sum(max(1, math.floor(config.min_layer_density * count)) for count in counts)
+                kept = sum(counts) - pruned_count(target, sum(counts))
+                if kept < floor:
+                    raise ValueError(
+                        f"target_sparsity={target} leaves {kept} of {sum(counts)} units ({part[0].kind}) in all, but "
+                        f"{len(counts)} layers must keep {floor} together (min_layer_density="
+                        f"{config.min_layer_density}); lower it to at most {_rounded(1.0 - floor / sum(counts))}"
+                    )
+                continue
+            for each, count in zip(part, counts, strict=True):
+                if pruned_count(target, count) == count:
+                    smaller = ", take a smaller block_shape" if each.kind.startswith("block") else ""
+                    raise ValueError(
+                        f"target_sparsity={target} leaves nothing of layer {each.layers[-1]!r}, which has {count} "
+                        f"unit{'s' * (count > 1)} ({each.kind}): lower it to at most {_rounded(1.0 - 1.0 / count)}"
+                        f"{smaller}, or name the layer in exclude_modules"
+                    )
+
     def select(
         self, scores: Mapping[str, Tensor], masks: Mapping[str, BitMask], sparsity: float, config: SDPruneConfig
     ) -> dict[str, BitMask]:
@@ -221,6 +258,11 @@ def reached_sparsity(sparsity: float, config: SDPruneConfig) -> float:
     return sparsity if groups is None else 1.0 - groups_keep(sparsity, *groups(config)) / groups(config)[1]
 
 
+def _rounded(sparsity: float) -> str:
+    """A sparsity that can be reached, cut to four digits so that it still can."""
+    return f"{math.floor(1e4 * sparsity) / 1e4:g}"
+
+
 def _sunk(scores: Tensor, kept: Tensor) -> Tensor:
     """What is pruned is pruned first. NaN shows: it must not hide under the mask."""
     return torch.where(kept | scores.isnan(), scores, -torch.inf)
@@ -242,7 +284,10 @@ def _selected(names: list[str], scores: list[Tensor], **arguments: object) -> li
     try:
         return select_mask(scores, **arguments)  # type: ignore[call-overload, no-any-return]
     except ValueError as error:
-        text = str(error)
+        text = str(error).replace(
+            "lower it or pass allow_empty=True",
+            "lower target_sparsity, or set min_layer_density, the share of its units that every layer keeps",
+        )
         for index, name in enumerate(names):
             text = text.replace(f"scores[{index}]", f"layer {name!r}")
         raise ValueError(text) from None

@@ -28,13 +28,14 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
         What is pruned together.
 
     Raises:
-        ValueError: as of `select_linears`; a layer cannot take the structure, or the model is pruned already under
-            masks of other blocks. The model stays as it is.
+        ValueError: as of `select_linears`; a layer cannot take the structure, the target leaves nothing of one, or the
+            model is pruned already under masks of other blocks. The model stays as it is.
         TypeError: the model is no module.
     """
     if masked_layers(model) and masked_fraction(model) == 0.0:
         unswap(model)  # masks that prune nothing, such as those of a run that was refused
     partition = Partition.of(model, select_linears(model, config), config)
+    partition.check_target(config)
     criterion = CRITERIA[config.criterion]
     for name, layer in masked_layers(model).items():
         if name in partition.layers and layer.block_shape != partition.block_shapes.get(name):

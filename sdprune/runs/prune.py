@@ -13,6 +13,7 @@ from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.swap import masked_layers, unswap
 from sdprune.training.callback import SDPruneCallback
 from sdprune.training.checkpoint import MarkComplete, no_empty_folder, remove_incomplete
+from sdprune.training.checks import has_rows
 from sdprune.training.diagnostics import Diagnostics
 from sdprune.training.folder import RunFolder, claim
 from sdprune.training.origin import run_origin
@@ -75,11 +76,15 @@ def prune(
         The pruned model, its teacher, its scores and its sparsity.
 
     Raises:
-        ValueError: the configuration does not fit the model or the training, or `output_dir` holds another run.
+        ValueError: the configuration does not fit the model or the training, `output_dir` holds another run, or the
+            arguments ask for what cannot be done right: a stream of rows to be resumed, another SDPruneCallback,
+            `bf16_full_eval` and `fp16_full_eval` (the Trainer casts the very weights).
         TrainingInterrupted: Ctrl-C; the step was finished and a checkpoint saved.
     """
     if args is None:
         args = TrainingArguments(output_dir="sdprune_output", seed=config.seed, report_to="none")
+    callbacks = list(callbacks or ())
+    _check(args, train_dataset, callbacks)
     directory = Path(str(args.output_dir))
     bar, interrupt = ProgressBar("pruning" if config.target_sparsity else "training"), FinishStepOnInterrupt()
     origin = run_origin(model, teacher_model, train_dataset, args)
@@ -96,7 +101,7 @@ def prune(
             processing_class=processing_class,
             data_collator=data_collator,
             compute_metrics=compute_metrics,
-            callbacks=[SDPruneCallback(config), *(callbacks or ()), *watchers],
+            callbacks=[SDPruneCallback(config), *callbacks, *watchers],
         )
         if config.diagnostics_steps is not None:
             trainer.add_callback(Diagnostics(trainer))
@@ -126,3 +131,20 @@ def prune(
         sparsity=measure_sparsity(pruned, names),
         output_dir=directory,
     )
+
+
+def _check(args: TrainingArguments, train_dataset: Any, callbacks: Iterable[Any]) -> None:
+    """Refuse what the Trainer would do silently wrong."""
+    if args.resume_from_checkpoint and not has_rows(train_dataset):
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r} needs a train_dataset with a length and rows by "
+            f"number: whether the stream {type(train_dataset).__name__} gives the same rows again is not known"
+        )
+    if any(each is SDPruneCallback or isinstance(each, SDPruneCallback) for each in callbacks):
+        raise ValueError("callbacks holds an SDPruneCallback, but `prune` adds its own; leave it out")
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{name}=True would leave the pruned weights in half precision: the Trainer casts the model itself to "
+                f"score it; leave it out, {name[:4]}=True scores in autocast"
+            )

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from sdprune.masking.schedule import (
 )
 from sdprune.masking.swap import masked_layers
 from sdprune.methods.criteria import CRITERIA
+from sdprune.training.checks import check_trainable
 from sdprune.training.origin import differences
 
-STATE_NAME = "SDPruneConfig"  # in trainer_state.json
+STATE_NAME, BEGUN_NAME = "SDPruneConfig", "SDPruneBegunAt"  # in trainer_state.json
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +37,25 @@ class SDPruneCallback(TrainerCallback):
     exactly as an uninterrupted one. Every checkpoint holds the configuration as `sdprune_config.json`. The target is
     reached even where the training ends early.
 
+    A training that begins anew on a pruned model (`train()` a second time, or again with the smaller batch of
+    `auto_find_batch_size`) never lowers its sparsity: pruning steps that would are passed over. A model that
+    `model_init` makes anew is masked when its training begins.
+
     Args:
         config: what is pruned, how far, when.
 
     Raises:
-        ValueError: when the Trainer is built or starts: nothing to prune, a block that does not divide a layer,
-            more pruning steps than the training has room for, `load_best_model_at_end` (it would pick a model
-            from before the target), or a checkpoint of another configuration or with other masks.
+        ValueError: when the Trainer is built or starts: nothing to prune or nothing that trains, a block that does not
+            divide a layer, a target that would leave nothing of a layer, more pruning steps than the training has room
+            for, `load_best_model_at_end` (it would pick a model from before the target), a model that is pruned
+            further than the target already, or a checkpoint of another configuration or with other masks.
     """
 
     def __init__(self, config: SDPruneConfig) -> None:
         self.config = config
         self._partition: Partition | None = None
+        self._model: Callable[[], nn.Module | None] = lambda: None  # whose partition it is
+        self._begun_at = 0.0  # sparsity of the model when its training began
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mask the model."""
@@ -55,18 +65,47 @@ class SDPruneCallback(TrainerCallback):
                 "would keep a model from before the target sparsity; set load_best_model_at_end=False and "
                 "save_strategy='steps' or 'epoch'"
             )
-        self._partition = mask_model(kwargs["model"], self.config)
+        model: nn.Module = kwargs["model"]
+        check_trainable(model)
+        self._partition, self._model = mask_model(model, self.config), weakref.ref(model)
+        check_trainable(model, self.config)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check that the schedule fits the training and the masks fit the step."""
         model: nn.Module = kwargs["model"]
-        if not masked_layers(model) or self._partition is None:
-            raise ValueError("the model has no masked layers; pass SDPruneCallback in callbacks=[...] of the Trainer")
+        partition = self._partition = self._partition_of(model, state)
         self._check_config(state)
         if state.global_step:
             _check_loaded(model)
         check_gradients_come_first(self.config, state.max_steps)
-        self._check_sparsity(model, sparsity_before(self.config, state.max_steps, state.global_step), self._partition)
+        kept: Any = state.stateful_callbacks
+        self._begun_at = kept.setdefault(BEGUN_NAME, 0.0 if state.global_step else masked_fraction(model))
+        if state.global_step:
+            asked = sparsity_before(self.config, state.max_steps, state.global_step)
+            self._check_sparsity(model, asked, partition)
+        elif self._begun_at > reached_sparsity(self.config.target_sparsity, self.config) + partition.tolerance(
+            self.config
+        ):
+            raise ValueError(
+                f"the model is pruned to {self._begun_at:.4f} already, further than target_sparsity="
+                f"{self.config.target_sparsity}; begin with a dense model, or raise the target"
+            )
+
+    def _partition_of(self, model: nn.Module, state: TrainerState) -> Partition:
+        """Return the partition of the model at hand, which may be another than the Trainer was built with."""
+        if self._partition is None:
+            raise ValueError("the model has no masked layers; pass SDPruneCallback in callbacks=[...] of the Trainer")
+        if self._model() is model:
+            return self._partition
+        self._model, names = weakref.ref(model), list(masked_layers(model))
+        if names:
+            return Partition.of(model, names, self.config)
+        if state.global_step:
+            raise ValueError(
+                "the layers were not masked when the checkpoint was loaded: Trainer(model_init=...) made the model "
+                "anew after SDPruneCallback had masked the first one; to go on from a checkpoint give model=... instead"
+            )
+        return mask_model(model, self.config)
 
     def _check_config(self, state: TrainerState) -> None:
         """Compare with the configuration of the checkpoint, if the training goes on from one, and have it saved."""
@@ -75,10 +114,11 @@ class SDPruneCallback(TrainerCallback):
         own = json.loads(json.dumps(self.config.to_dict()))  # as a file gives it: lists for tuples
         changed = differences(kept.setdefault(STATE_NAME, own), own)
         if changed:
-            raise ValueError(f"the checkpoint has another configuration ({'; '.join(changed)})")
+            other = "the checkpoint" if state.global_step else "another SDPruneCallback of the Trainer"
+            raise ValueError(f"{other} has another configuration ({'; '.join(changed)})")
 
     def _check_sparsity(self, model: nn.Module, asked: float, partition: Partition) -> None:
-        expected = reached_sparsity(asked, self.config)
+        expected = max(reached_sparsity(asked, self.config), self._begun_at)
         found = masked_fraction(model)
         if abs(found - expected) > partition.tolerance(self.config):
             raise ValueError(
@@ -92,10 +132,15 @@ class SDPruneCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         if state.global_step in moments:
             level = sparsity_levels(self.config)[moments.index(state.global_step)]
-            prune_step(model, self.config, level, self._partition)
+            self._prune_to(model, level)
         if not moments or state.global_step >= moments[-1]:
             for layer in masked_layers(model).values():
                 layer.settle()
+
+    def _prune_to(self, model: nn.Module, level: float) -> None:
+        # what an earlier training has pruned stays pruned
+        if self._begun_at == 0.0 or reached_sparsity(level, self.config) > self._begun_at:
+            prune_step(model, self.config, level, self._partition)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take in the gradients, which for the criteria are measured before the clipping that comes ahead of this."""
@@ -126,7 +171,7 @@ class SDPruneCallback(TrainerCallback):
                 state.max_steps,
                 self.config.target_sparsity,
             )
-            prune_step(kwargs["model"], self.config, self.config.target_sparsity, self._partition)
+            self._prune_to(kwargs["model"], self.config.target_sparsity)
             for layer in masked_layers(kwargs["model"]).values():
                 layer.settle()
 

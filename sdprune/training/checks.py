@@ -1,15 +1,52 @@
 """What a distillation refuses before anything is trained or written."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from sdprune.config import SDPruneConfig, split_term
 from sdprune.distillation.features import body_of
 from sdprune.distillation.terms import feature_names, objective_of, term_features
 from sdprune.masking.linears import is_linear, matrix
 from sdprune.masking.swap import masked_layers
+from sdprune.methods.criteria import CRITERIA
+
+logger = logging.getLogger(__name__)
+
+
+def has_rows(dataset: Any) -> bool:
+    """Tell a data set with rows by number from a stream, whose rows come once and in an order of its own."""
+    known = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return known and not isinstance(dataset, IterableDataset)  # torch's inherits __getitem__ all the same
+
+
+def check_trainable(model: nn.Module, config: SDPruneConfig | None = None) -> None:
+    """Raise ValueError if nothing of a model trains; say in the log which pruned layers do not.
+
+    Args:
+        model: what is to be trained.
+        config: how its masked layers are pruned; None: they are not looked at.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("no parameter of the model requires a gradient; call model.requires_grad_(True) first")
+    if config is None:
+        return
+    frozen = [name for name, layer in masked_layers(model).items() if not layer.weight.requires_grad]
+    if frozen and CRITERIA[config.criterion].update is not None:
+        raise ValueError(
+            f"criterion={config.criterion!r} ranks by gradients, but the weight of layer {frozen[0]!r} requires none "
+            f"({len(frozen)} such layers); call requires_grad_(True), or name them in exclude_modules"
+        )
+    if frozen:
+        logger.warning(
+            "layer %r is pruned, but its weight is frozen (requires_grad=False), so that it cannot recover; %d such "
+            "layers",
+            frozen[0],
+            len(frozen),
+        )
 
 
 def check_objectives(model: nn.Module, config: SDPruneConfig, who: str = "the model", *, masked: bool = True) -> None:

@@ -12,6 +12,7 @@ from sdprune.config import SDPruneConfig
 from sdprune.distillation.features import body_output, gather, need_hidden_states, row_names, token_mask
 from sdprune.distillation.teacher import Teacher
 from sdprune.masking.schedule import pruning_moments
+from sdprune.training.checks import has_rows
 from sdprune.training.trainer import SDPruneTrainer
 
 NOT_SCORES = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model")
@@ -38,7 +39,7 @@ class Diagnostics(TrainerCallback):
         self.trainer = trainer
         self.config = trainer.sdprune_config
         dataset: Any = trainer.eval_dataset
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, dict):
+        if not has_rows(dataset) or isinstance(dataset, dict):
             raise ValueError(
                 f"diagnostics_steps={self.config.diagnostics_steps} measures on the evaluation data: pass one "
                 f"eval_dataset with a length, got {type(dataset).__name__}"

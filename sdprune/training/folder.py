@@ -116,12 +116,22 @@ def claim(directory: Path, config: SDPruneConfig, origin: Mapping[str, Any], arg
             )
         before = marker["origin"]
         _check_same(f"resume_from_checkpoint {resume!r}", before.pop("config", {}), before, config, origin)
-        return resume
+        return _with_optimizer(Path(resume))
     whole = checkpoints(directory)
     if not whole:
         logger.warning("%s holds no whole checkpoint: the run begins again", directory)
         return None
-    return str(whole[-1])
+    return _with_optimizer(whole[-1])
+
+
+def _with_optimizer(checkpoint: Path) -> str:
+    """Return a checkpoint; raise ValueError if `save_only_model` left out what an exact continuation needs."""
+    if not any("optim" in name for name in (read_marker(checkpoint) or {"files": ()})["files"]):
+        raise ValueError(
+            f"resume_from_checkpoint: {str(checkpoint)!r} holds no state of the optimizer (save_only_model=True), so "
+            "the run cannot go on exactly; begin again, with save_only_model=False"
+        )
+    return str(checkpoint)
 
 
 def claim_stages(directory: Path, settings: Mapping[str, Any], *, resume: bool) -> None:

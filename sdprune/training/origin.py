@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from sdprune.training.checks import has_rows
+
 SAMPLED_ROWS, SAMPLED_VALUES = 256, 4096
 
 # what decides the weights at the end; how often a run logs, saves and evaluates may change
@@ -75,7 +77,7 @@ def rows_fingerprint(dataset: Any) -> dict[str, Any]:
 
     What cannot be known stays None: all three of a stream, the digest of rows that come out differently each time.
     """
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if not has_rows(dataset):
         return {"rows": None, "columns": None, "digest": None}
     count = len(dataset)
     places = sorted({index * count // SAMPLED_ROWS for index in range(SAMPLED_ROWS)} | {count - 1}) if count else []

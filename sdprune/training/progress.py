@@ -23,6 +23,7 @@ class ProgressBar(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step where the training begins."""
+        self.close()  # of an attempt that ran out of memory
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
             bar, self.current_step = self.training_bar, state.global_step
@@ -47,6 +48,7 @@ class ProgressBar(ProgressCallback):
         """Close the bar where the training broke off."""
         if self.training_bar is not None:
             self.training_bar.close()
+            self.training_bar = None
 
 
 class TrainingInterrupted(KeyboardInterrupt):

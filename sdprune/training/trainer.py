@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from sdp_kernels import RowQueue
 from sdprune.config import SDPruneConfig
@@ -27,9 +27,28 @@ from sdprune.distillation.teacher import Teacher
 from sdprune.distillation.terms import BatchOutputs, distillation_terms, feature_names
 from sdprune.masking.pruner import masked_fraction
 from sdprune.masking.schedule import lr_factor
-from sdprune.training.checks import check_classes, check_labels, check_objectives, check_teacher, labels_of
+from sdprune.training.checks import (
+    check_classes,
+    check_labels,
+    check_objectives,
+    check_teacher,
+    has_rows,
+    labels_of,
+)
 
 STATE_NAME = "sdprune_distillation_{}.safetensors"  # each rank has its queue
+
+
+class _BeginAnew(TrainerCallback):
+    """Has a trainer forget its last training where it begins one that does not go on from a checkpoint."""
+
+    def __init__(self, trainer: "SDPruneTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Forget it."""
+        if state.global_step == 0:
+            self.trainer.begin()
 
 
 class SDPruneTrainer(Trainer):
@@ -40,7 +59,8 @@ class SDPruneTrainer(Trainer):
     steered distillation weight are saved with every checkpoint, so that a resumed run goes on exactly. A teacher cache
     is filled before the first step, by the main process; machines that train together share its folder. With
     `train_sampling_strategy="group_by_length"` batches are made by `LengthBucketSampler`, whose order survives an
-    interruption, and evaluation stays in the order of the data set.
+    interruption, and evaluation stays in the order of the data set. With `model_init` the frozen copy is one of the
+    model that is trained, made anew with it.
 
     Args:
         *args: as of `transformers.Trainer`.
@@ -74,18 +94,36 @@ class SDPruneTrainer(Trainer):
         if config.gradient_ratio is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("gradient_ratio measures whole gradients, which FSDP and DeepSpeed split; leave it out")
         self._check_labels()
-        self.teacher = self._make_teacher(teacher_model) if config.distillation_weights else None
-        self.distillation_weight = config.distillation_weight
         self._features = feature_names(config)
+        self._copies = teacher_model is None
+        self._take_teacher(teacher_model)
+        self.begin()
+        self.add_callback(_BeginAnew(self))
+
+    def _take_teacher(self, teacher_model: nn.Module | None) -> None:
+        config = self.sdprune_config
+        self.teacher = self._make_teacher(teacher_model) if config.distillation_weights else None
         self._cache = self._make_cache() if config.teacher_cache is not None else None
+
+    def begin(self) -> None:
+        """Forget what belongs to an earlier training: its losses, its queue and its steered weight."""
+        self.distillation_weight = self.sdprune_config.distillation_weight
         self._queues: dict[str, RowQueue] = {}
         self._steered_at = -1
         self._parts: dict[str, Tensor] = {}
         self._part_count = 0
 
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Make the model anew, and of it, where no other teacher was given, the teacher."""
+        model = super().call_model_init(trial)
+        if getattr(self, "_copies", False):  # the Trainer makes the first one while it is built
+            self.model = model.to(self.args.device)
+            self._take_teacher(None)
+        return model
+
     def _check_labels(self) -> None:
         dataset: Any = self.train_dataset
-        if dataset is None or not hasattr(dataset, "__getitem__") or not len(dataset):
+        if not has_rows(dataset) or not len(dataset):
             return  # a stream cannot be looked into without losing what was seen
         row = dataset[0]
         name = next((name for name in (*self.label_names, "label") if name in row), None)
@@ -117,8 +155,11 @@ class SDPruneTrainer(Trainer):
                 f"teacher_cache={folder!r} has nothing to keep: distillation={config.distillation!r} compares no "
                 "outputs of a teacher"
             )
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise ValueError(f"teacher_cache={folder!r} needs a train_dataset with a length and rows by number")
+        if not has_rows(dataset):
+            raise ValueError(
+                f"teacher_cache={folder!r} needs a train_dataset with a length and rows by number, got the stream "
+                f"{type(dataset).__name__}"
+            )
         if getattr(self.teacher.model.config, "is_encoder_decoder", False):
             raise ValueError(
                 f"teacher_cache={folder!r} does not work for a model with an encoder and a decoder; leave it out"
@@ -281,7 +322,7 @@ class SDPruneTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         lengths = getattr(dataset, "lengths", None) or [len(row["input_ids"]) for row in dataset]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthBucketSampler(lengths, self.args.train_batch_size, seed=seed)
+        return LengthBucketSampler(lengths, self._train_batch_size, seed=seed)  # auto_find_batch_size lowers it
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
