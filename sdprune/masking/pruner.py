@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from sdp_kernels import BitMask, zero_
 from sdprune.config import SDPruneConfig
 from sdprune.masking.layers import MaskedConv1D, MaskedLinear
+from sdprune.masking.linears import not_trainable
 from sdprune.masking.partition import Partition
 from sdprune.masking.select import select_linears, unreached
 from sdprune.masking.swap import mask_layer, masked_layers, named_weights, swap, unswap
@@ -36,6 +37,10 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
         unswap(model)  # masks that prune nothing, such as those of a run that was refused
     partition = Partition.of(model, select_linears(model, config), config)
     partition.check_target(config)
+    for name in partition.layers:
+        fault = not_trainable(model.get_submodule(name))
+        if fault is not None:
+            raise ValueError(f"layer {name!r} cannot be pruned: {fault}")
     criterion = CRITERIA[config.criterion]
     for name, layer in masked_layers(model).items():
         if name in partition.layers and layer.block_shape != partition.block_shapes.get(name):

@@ -8,7 +8,7 @@ from torch import nn
 from sdprune.config import SDPruneConfig
 from sdprune.masking.bare import adapted, check_bare
 from sdprune.masking.layers import MaskedLinear
-from sdprune.masking.linears import is_linear, more_than_linear, not_trainable
+from sdprune.masking.linears import is_linear, more_than_linear
 
 
 def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
@@ -109,7 +109,7 @@ def _check_layers(model: nn.Module, chosen: list[str]) -> None:
                 f"layer {name!r} has an adapter of PEFT; merge it first (merge_and_unload() of the PeftModel), or prune "
                 "the model without it and train the adapter afterwards, under freeze_sparsity"
             )
-        fault = None if isinstance(layer, MaskedLinear) else more_than_linear(layer) or not_trainable(layer)
+        fault = None if isinstance(layer, MaskedLinear) else more_than_linear(layer)
         if fault is not None:
             raise ValueError(f"layer {name!r} ({type(layer).__name__}) cannot be pruned: {fault}")
 

@@ -55,7 +55,7 @@ def model_target(name: str, label_type: str | None = None, *, trust_remote_code:
     return target_of(config, label_type, trained=tagged or _has_head(config, TEXTS), tagged=tagged)
 
 
-def load_classifier(name: str, task: Task, *, trust_remote_code: bool = False) -> Classifier:
+def load_classifier(name: str, task: Task, *, trust_remote_code: bool = False, all_classes: bool = False) -> Classifier:
     """Load a classifier for `task` from a folder or the hub; a missing head is made for the task's classes.
 
     It classifies tokens where the task's words have labels. It may know more classes than the task: a small file
@@ -66,6 +66,7 @@ def load_classifier(name: str, task: Task, *, trust_remote_code: bool = False) -
         name: folder or hub id of the model.
         task: the labelled text.
         trust_remote_code: whether code that the model brings along may run.
+        all_classes: whether the task has all classes that the model must know.
 
     Raises:
         ValueError: the folder has no config.json or no weights, the model has other classes than the task, nobody says
@@ -95,7 +96,8 @@ def load_classifier(name: str, task: Task, *, trust_remote_code: bool = False) -
         )
     except OSError as error:
         raise OSError(f"cannot load model {name!r}: {_one_line(error)}") from None
-    if config.num_labels != classes and not (task.label_names and config.num_labels > classes):
+    enough = config.num_labels > classes and task.label_names and not (all_classes and not task.tagged)
+    if config.num_labels != classes and not enough:
         raise ValueError(
             f"model {name!r} has {config.num_labels} classes, but the labels of {task.name!r} are "
             f"{', '.join(task.label_names) or 'numbers'}: {classes} expected"

@@ -114,7 +114,7 @@ def _teacher(workbench: Workbench, recipe: Recipe) -> nn.Module | None:
         return None
     if not recipe.pruning.distillation_weights:
         raise ValueError(f"teacher_model={name!r} teaches nothing: distillation is None")
-    classifier = load_classifier(name, task, trust_remote_code=workbench.trust_remote_code)
+    classifier = load_classifier(name, task, trust_remote_code=workbench.trust_remote_code, all_classes=True)
     if not classifier.trained_head:
         raise ValueError(f"teacher_model {name!r} has no trained classification head")
     theirs = align_labels(task, classifier.model).label_names
