@@ -55,8 +55,25 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
         if criterion.update is not None:
             layer = masked_layers(model.get_submodule(name))[""]
             layer.gather_scores(criterion.start, hard_concrete=criterion.gates)
+    if config.scope == "global" and criterion.update is None:
+        _check_ranking(model, config, partition)
     _tell_unreached(model)
     return partition
+
+
+@torch.no_grad()
+def _check_ranking(model: nn.Module, config: SDPruneConfig, partition: Partition) -> None:
+    """Rank all units as they are now: what would leave nothing of a layer at the target is told before any training."""
+    layers = masked_layers(model)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            scores = _scores(layers, partition, config)
+        masks = {name: layer.bit_mask for name, layer in layers.items()}
+        partition.select(scores, masks, config.target_sparsity, config)
+    except ValueError:
+        if masked_fraction(model) == 0.0:
+            unswap(model)
+        raise
 
 
 def _tell_unreached(model: nn.Module) -> None:
