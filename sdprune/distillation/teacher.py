@@ -21,7 +21,7 @@ class Teacher:
         dtype: float type of its weights; None: as they are.
 
     Raises:
-        ValueError: the model to copy is pruned already.
+        ValueError: the model to copy is pruned already, or cannot be copied.
     """
 
     def __init__(self, model: nn.Module, *, copy_model: bool, dtype: torch.dtype | None = None) -> None:
@@ -31,7 +31,7 @@ class Teacher:
                     f"teacher_model is None and the model is pruned already (sparsity {masked_fraction(model):.4f}), "
                     "so no unpruned copy of it can be made; pass teacher_model"
                 )
-            model = unswap(copy.deepcopy(model))
+            model = unswap(_copied(model))
         self.dtype = dtype
         self.model = model.requires_grad_(False).to(dtype).eval()
 
@@ -58,3 +58,13 @@ class Teacher:
         if self.dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         return value
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:  # torch.nn.utils.prune leaves such tensors; hooks may hold an open file
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(
+            f"teacher_model is None, and the model cannot be copied ({reason}); pass teacher_model"
+        ) from error

@@ -11,7 +11,7 @@ from sdprune.formats.pack import Tensors, choose, digest, make_record, pack
 from sdprune.formats.record import LayerRecord
 from sdprune.layers.dense import dense_names, pruned_weight
 from sdprune.layers.forms import make_layer
-from sdprune.masking.linears import is_conv1d
+from sdprune.masking.linears import is_conv1d, put_layer
 
 Records = dict[str, LayerRecord]
 
@@ -95,11 +95,11 @@ def convert_layers(model: nn.Module, dense: nn.Module, records: Mapping[str, Lay
         module: Any = dense.get_submodule(name)
         layers[name] = make_layer(pack_layer(dense, name, record, records), module.bias, record).train(module.training)
     for name, layer in layers.items():
-        model.set_submodule(name, layer)
+        put_layer(model, name, layer)
 
 
 def store(dense: nn.Module, records: Mapping[str, LayerRecord]) -> None:
     """Replace the dense layers of a model by their stored forms, in place, so that saving it writes these."""
     packed = {name: pack_layer(dense, name, record, records) for name, record in records.items()}
     for name, tensors in packed.items():
-        dense.set_submodule(name, StoredLinear(tensors, dense.get_submodule(name).bias))  # type: ignore[arg-type]
+        put_layer(dense, name, StoredLinear(tensors, dense.get_submodule(name).bias))  # type: ignore[arg-type]

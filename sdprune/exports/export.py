@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sdprune.config import SDPruneConfig
 from sdprune.exports.convert import Records, find_records, store
@@ -14,7 +15,9 @@ from sdprune.formats.form import BLOCK_SHAPES, NARROW, UNSTRUCTURED, Form
 from sdprune.formats.tag import SDPruneQuantizationConfig
 from sdprune.layers.dense import dense_names, pruned_weight
 from sdprune.layers.forms import plain_copy
+from sdprune.masking.bare import adapted, check_bare
 from sdprune.masking.coupling import find_couplings
+from sdprune.masking.linears import is_linear, more_than_linear
 from sdprune.masking.pruner import measure_sparsity
 from sdprune.speed.plan_record import Plan
 
@@ -64,14 +67,13 @@ def export(
         The folder.
 
     Raises:
-        ValueError: an unknown format, nothing to compact, a plan of another model, or a folder that exists and is not
-            empty.
+        ValueError: an unknown format, nothing to compact, a plan of another model, a model that is wrapped or would be
+            saved under other names than its own, or a folder that exists and is not empty.
         TypeError: `model` is no transformers model.
     """
     if format not in (None, *FORMATS):
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
-    if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    _check_model(model)
     with torch.no_grad():
         dense = plain_copy(model)
         records = {} if format == "plain" else _records(dense, config, plan)
@@ -102,6 +104,22 @@ def export(
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
     return Path(directory)
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what would be saved as another model, or under names that its class does not have."""
+    if isinstance(model, nn.Module):
+        check_bare(model)
+    if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    if adapted(model):
+        raise ValueError(
+            "model has adapters of PEFT, of which alone save_pretrained would write the weights; merge them first "
+            "(merge_and_unload() of the PeftModel)"
+        )
+    for name, module in model.named_modules():
+        if is_linear(module) and isinstance(module.weight, Tensor) and "weight" not in dict(module.named_parameters()):
+            raise ValueError(f"model: layer {name!r} cannot be saved under its own names: {more_than_linear(module)}")
 
 
 def _records(dense: Any, config: SDPruneConfig | None, plan: Plan | None) -> Records:

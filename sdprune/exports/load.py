@@ -28,7 +28,7 @@ from sdprune.formats.record import INDICES, LayerRecord
 from sdprune.formats.tag import METHOD, SDPruneQuantizationConfig
 from sdprune.layers.dense import dense_names, pruned_weight
 from sdprune.layers.forms import dense_copy, make_layer
-from sdprune.masking.linears import is_conv1d
+from sdprune.masking.linears import is_conv1d, put_layer
 
 
 class SDPruneQuantizer(HfQuantizer):
@@ -127,7 +127,7 @@ def prepare(
                 key: torch.empty(value.shape, dtype=value.dtype if key != "weight" else dtype, device=device)
                 for key, value in tensors.items()
             }
-            model.set_submodule(own, StoredLinear(empty, module.bias))
+            put_layer(model, own, StoredLinear(empty, module.bias))
     if rest_sha256 not in (None, digest_of_rest(files, records)):
         raise ValueError(
             f"{files.file_of('')}: the tensors that are not of a stored layer (biases, norms, embeddings) are not what "
@@ -152,7 +152,7 @@ def build(model: Any, stored: Mapping[str, tuple[LayerRecord, Tensors | None]]) 
                 key: value.to(weight.device, weight.dtype if key == "weight" else value.dtype)
                 for key, value in tensors.items()
             }
-        model.set_submodule(name, make_layer(tensors, module.bias, record).train(module.training))
+        put_layer(model, name, make_layer(tensors, module.bias, record).train(module.training))
     return {name: record for name, (record, _) in stored.items()}
 
 

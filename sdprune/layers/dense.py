@@ -7,15 +7,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sdprune.masking.layers import MaskedLinear
-from sdprune.masking.linears import is_conv1d, matrix
+from sdprune.masking.layers import MaskedConv1D, MaskedLinear
+from sdprune.masking.linears import is_conv1d, is_linear, matrix, more_than_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Tell whether it is a linear layer, dense or masked; of other subclasses what they compute is not known."""
-    return type(module) in (nn.Linear, MaskedLinear) or is_conv1d(module)
+    """Tell whether it is a linear layer, dense or masked, and no more; not a subclass, which others may look into."""
+    if type(module) in (MaskedLinear, MaskedConv1D):
+        return True
+    plain = type(module) is nn.Linear or (is_conv1d(module) and type(module).__name__ == "Conv1D")
+    return plain and is_linear(module) and more_than_linear(module) is None
 
 
 def dense_names(model: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from sdprune.layers.block_sparse import BlockSparseLinear
 from sdprune.layers.dense import Model, dense_layer, is_plain_linear, pruned_weight, sharing_copy
 from sdprune.layers.narrow import NarrowLinear, RemovedLinear
 from sdprune.layers.pruned import PrunedLinear
-from sdprune.masking.linears import is_conv1d
+from sdprune.masking.linears import is_conv1d, put_layer
 
 
 def in_form(linear: nn.Module, form: Form) -> PrunedLinear:
@@ -64,7 +64,7 @@ def dense_copy(model: Model, *, keep: tuple[type[PrunedLinear], ...] = ()) -> Mo
     for name, module in list(copy.named_modules()):
         masked = is_plain_linear(module) and getattr(module, "bit_mask", None) is not None
         if masked or (isinstance(module, PrunedLinear) and not isinstance(module, keep)):
-            copy.set_submodule(name, _dense_of(module))
+            put_layer(copy, name, _dense_of(module))
     return copy
 
 

@@ -1,4 +1,4 @@
-"""What is wrapped around a model: it must be off before layers are exchanged, or their names would not be the model's."""
+"""What is wrapped around a model: it must be off before layers are exchanged, as it changes their names."""
 
 from typing import Any
 

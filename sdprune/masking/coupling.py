@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdprune.masking.linears import evaluating, is_linear, matrix
+from sdprune.masking.linears import HOOKS, evaluating, is_linear, matrix
 
 TOKENS = 2
 PROBES = 64  # rows of the batch: so many units are probed by one forward pass
@@ -166,18 +166,31 @@ def _standing_in(module: nn.Module, rows: int) -> Iterator[dict[str, _StandIn]]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode with plain attention, and put everything back."""
+    """Run the model in evaluation mode with plain attention, without its hooks, and put everything back."""
     devices = sorted({each.device.index or 0 for each in model.parameters() if each.device.type == "cuda"})
     # Fused attention kernels take the maximum past NaN and return numbers; torch's own and transformers' are told so.
     attention = {id(config): (config, config._attn_implementation) for config in _configurations(model)}
     try:
-        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), evaluating(model):
+        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), evaluating(model), _without_hooks(model):
             for config, _ in attention.values():
                 config._attn_implementation = "eager"
             yield
     finally:
         for config, implementation in attention.values():
             config._attn_implementation = implementation
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Set hooks aside: they would count passes that nobody made, and meet NaN."""
+    hooks = {module: {key: value for key, value in vars(module).items() if key in HOOKS} for module in model.modules()}
+    try:
+        for module, own in hooks.items():
+            vars(module).update({key: type(value)() for key, value in own.items() if value is not None})
+        yield
+    finally:
+        for module, own in hooks.items():
+            vars(module).update(own)
 
 
 def _configurations(model: nn.Module) -> Iterator[Any]:

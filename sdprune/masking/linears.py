@@ -49,7 +49,7 @@ def more_than_linear(layer: nn.Module) -> str | None:
     """Return what keeps another layer from standing in the place of a linear one, and what to do; None: nothing does.
 
     That is a weight which is computed from other tensors before every call, a forward of its own, or tensors and
-    modules beside weight and bias. Hooks are nothing of the kind: `replace` takes them along.
+    modules beside weight and bias. Hooks are nothing of the kind: `put_layer` takes them along.
     """
     named = dict(layer.named_parameters(recurse=False))
     buffers = dict(layer.named_buffers(recurse=False))
@@ -97,7 +97,7 @@ def not_trainable(layer: nn.Module) -> str | None:
     return None
 
 
-def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of the named module, in place.
 
     All hooks of the module go on with the layer, and the handles that its owner holds still remove them.

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
-    """Swap the layers that `config` prunes for masked ones, in place; logits stay equal to the bit, hooks where they are.
+    """Swap the layers that `config` prunes for masked ones, in place; logits stay equal to the bit, hooks stay too.
 
     What lies in the layers and is out of reach (see `unreached`) is told in the log.
 
@@ -81,8 +81,8 @@ def _tell_unreached(model: nn.Module) -> None:
     if found:
         share = sum(found.values()) / sum(parameter.numel() for parameter in model.parameters())
         logger.warning(
-            "%.1f %% of the model's parameters are out of reach and stay dense: %s, %d such weights in the stack of layers "
-            "belong to no linear layer",
+            "%.1f %% of the model's parameters are out of reach and stay dense: %s, %d such weights in the stack of "
+            "layers belong to no linear layer",
             100 * share,
             next(iter(found)),
             len(found),

@@ -106,8 +106,8 @@ def _check_layers(model: nn.Module, chosen: list[str]) -> None:
         layer: nn.Module = model.get_submodule(name)
         if name.startswith(adapters):
             raise ValueError(
-                f"layer {name!r} has an adapter of PEFT; merge it first (merge_and_unload() of the PeftModel), or prune "
-                "the model without it and train the adapter afterwards, under freeze_sparsity"
+                f"layer {name!r} has an adapter of PEFT; merge it first (merge_and_unload() of the PeftModel), or "
+                "prune the model without it and train the adapter afterwards, under freeze_sparsity"
             )
         fault = None if isinstance(layer, MaskedLinear) else more_than_linear(layer)
         if fault is not None:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from sdprune.masking.layers import MaskedConv1D, MaskedLinear
-from sdprune.masking.linears import is_conv1d, is_linear, replace
+from sdprune.masking.linears import is_conv1d, is_linear, put_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,14 +28,14 @@ def swap(model: Model, names: Iterable[str], make: Callable[[Any], nn.Module] = 
     for name in names:
         layer = model.get_submodule(name)
         if is_linear(layer) and not isinstance(layer, MaskedLinear):
-            replace(model, name, make(layer))
+            put_layer(model, name, make(layer))
     return model
 
 
 def unswap(model: Model) -> Model:
     """Replace every masked layer by the dense layer with its zeros, in place; hooks stay. Returns the model."""
     for name, layer in masked_layers(model).items():
-        replace(model, name, layer.to_dense())
+        put_layer(model, name, layer.to_dense())
     return model
 
 

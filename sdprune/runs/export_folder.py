@@ -13,7 +13,7 @@ from sdprune.exports.export import export
 from sdprune.exports.onnx import export_onnx
 from sdprune.formats.files import WeightFiles
 from sdprune.formats.model_config import exported_class, read_config
-from sdprune.masking.linears import matrix
+from sdprune.masking.linears import matrix, put_layer
 from sdprune.masking.swap import mask_layer
 from sdprune.methods.criteria import CRITERIA
 from sdprune.runs.classifier import check_model_folder
@@ -78,7 +78,7 @@ def _take_masks(model: Any, folder: Path, config: SDPruneConfig | None) -> None:
         if config is not None and CRITERIA[config.criterion].gates:
             layer.gather_scores(hard_concrete=True)
             layer.score, layer.score_steps = score, files.read(f"{name}.score_steps")
-        model.set_submodule(name, layer)
+        put_layer(model, name, layer)
 
 
 def _example_inputs(model: Any, tokenizer: Any) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from sdprune.config import SDPruneConfig
+from sdprune.masking.bare import check_bare
 from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.swap import masked_layers, unswap
 from sdprune.training.callback import SDPruneCallback
@@ -59,7 +60,7 @@ def prune(
     loss weights and the representation are reconstructions; the paper's own settings were not available.
 
     Args:
-        model: a fine-tuned transformers model; changed in place.
+        model: a fine-tuned transformers model, neither wrapped nor compiled; changed in place. Hooks of its layers stay.
         config: what is pruned and distilled.
         train_dataset: as of `transformers.Trainer`.
         eval_dataset: as of `transformers.Trainer`.
@@ -76,11 +77,16 @@ def prune(
         The pruned model, its teacher, its scores and its sparsity.
 
     Raises:
-        ValueError: the configuration does not fit the model or the training, `output_dir` holds another run, or the
-            arguments ask for what cannot be done right: a stream of rows to be resumed, another SDPruneCallback,
-            `bf16_full_eval` and `fp16_full_eval` (the Trainer casts the very weights).
+        ValueError: the configuration does not fit the model or the training, a layer or the model is more than it can
+            mask (the message says what to do), `output_dir` holds another run, or the arguments ask for what cannot be
+            done right: a stream of rows to be resumed, another SDPruneCallback, `bf16_full_eval` and `fp16_full_eval`
+            (the Trainer casts the very weights).
+        TypeError: a model is no module.
         TrainingInterrupted: Ctrl-C; the step was finished and a checkpoint saved.
     """
+    check_bare(model)
+    if teacher_model is not None:
+        check_bare(teacher_model, "teacher_model")
     if args is None:
         args = TrainingArguments(output_dir="sdprune_output", seed=config.seed, report_to="none")
     callbacks = list(callbacks or ())

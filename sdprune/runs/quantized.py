@@ -47,7 +47,7 @@ def pqk(run: Run, model: Any, config: SDPruneConfig) -> StageResult:
     PQK (Kim, Chang and Kwak 2021, https://arxiv.org/abs/2106.14681), a reconstruction from its abstract: the teacher
     is the network with the pruned weights put back and trained on the task, so that no other model is needed.
     """
-    original, names = copy.deepcopy(model), select_linears(model, config)
+    names, original = select_linears(model, config), copy.deepcopy(model)
     pruned = run("pruned", model, without_teacher(config), int8=True)
     full = _put_back(pruned.model, original, names)
     teacher = run("teacher", full, without_pruning(without_teacher(config)))
@@ -59,6 +59,7 @@ def prune_quantize_distill(run: Run, model: Any, config: SDPruneConfig) -> Stage
 
     After Prune-Quantize-Distill (https://arxiv.org/abs/2604.04988), a reconstruction from its abstract.
     """
+    select_linears(model, config)  # refused before it is copied
     original, kept = copy.deepcopy(model), _zeros_kept(config)
     pruned = run("pruned", model, without_teacher(config))
     rounded = run("quantized", pruned.model, without_teacher(kept), int8=True)

@@ -14,7 +14,9 @@ from sdprune.formats.form import BLOCK_SHAPES, DENSE, NARROW, Form
 from sdprune.layers.dense import Model, dense_names, is_plain_linear, pruned_weight, sharing_copy
 from sdprune.layers.forms import in_form
 from sdprune.layers.pruned import PrunedLinear
-from sdprune.masking.linears import evaluating, is_linear, matrix
+from sdprune.masking.bare import check_bare
+from sdprune.masking.layers import MaskedLinear
+from sdprune.masking.linears import evaluating, is_linear, matrix, more_than_linear, put_layer
 from sdprune.masking.select import select_linears
 from sdprune.speed.plan_record import Candidate, LayerPlan, Plan
 from sdprune.speed.timing import Times, device_name, measure
@@ -53,9 +55,11 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: no linear layer is chosen, a block shape is malformed, or fewer than 3 repeats.
-        TypeError: `sample_input` is no mapping.
+        ValueError: no linear layer is chosen, or one that is more than linear; a block shape is malformed, or fewer
+            than 3 repeats; or the model is wrapped.
+        TypeError: `sample_input` is no mapping, or the model no module.
     """
+    check_bare(model)
     if not isinstance(sample_input, Mapping):
         raise TypeError(f"sample_input must be a mapping of model inputs, got {type(sample_input).__name__}")
     if repeats < 3:
@@ -89,7 +93,7 @@ def plan(
 
 
 def apply(model: Model, plan: Plan) -> Model:
-    """Convert the layers that a plan converts, in place; all others stay the same objects.
+    """Convert the layers that a plan converts, in place, hooks and all; all others stay the same objects.
 
     Logits stay equal up to rounding. Give it a `copy.deepcopy` of a model that is still needed as it was.
 
@@ -97,9 +101,11 @@ def apply(model: Model, plan: Plan) -> Model:
         The model.
 
     Raises:
-        ValueError: a layer is absent, has another shape, or fewer zeros than when the plan was made. Nothing is
-            converted then.
+        ValueError: a layer is absent, more than linear, has another shape, or fewer zeros than when the plan was made;
+            or the model is wrapped. Nothing is converted then.
+        TypeError: the model is no module.
     """
+    check_bare(model)
     made: dict[str, PrunedLinear] = {}
     for layer in plan.layers:
         if layer.choice == DENSE:
@@ -112,7 +118,7 @@ def apply(model: Model, plan: Plan) -> Model:
                 f"but {layer.density:.1%} when the plan was made: it is of another model"
             )
     for name, form in made.items():
-        model.set_submodule(name, form)
+        put_layer(model, name, form)
     return model
 
 
@@ -203,4 +209,7 @@ def _linear_named(model: nn.Module, layer: LayerPlan) -> nn.Module:
         raise ValueError(
             f"plan: layer {layer.name!r} must be a linear layer with an (out, in) weight of {layer.shape}, got {got}"
         )
+    fault = None if isinstance(found, MaskedLinear) else more_than_linear(found)
+    if fault is not None:
+        raise ValueError(f"plan: layer {layer.name!r} ({type(found).__name__}) cannot be converted: {fault}")
     return found

@@ -25,6 +25,7 @@ from sdprune.distillation.features import (
 from sdprune.distillation.steering import gradient_norm, steered_weight
 from sdprune.distillation.teacher import Teacher
 from sdprune.distillation.terms import BatchOutputs, distillation_terms, feature_names
+from sdprune.masking.bare import check_bare
 from sdprune.masking.pruner import masked_fraction
 from sdprune.masking.schedule import lr_factor
 from sdprune.training.checks import (
@@ -69,8 +70,8 @@ class SDPruneTrainer(Trainer):
         **kwargs: as of `transformers.Trainer`.
 
     Raises:
-        ValueError: no teacher is given and the model is pruned already, the teacher is the model itself or has another
-            vocabulary, other classes or another width, an objective does not fit the model, the data have no labels
+        ValueError: a model is wrapped, no teacher is given and the model is pruned already, the teacher is the model
+            itself or has another vocabulary, other classes or another width, an objective does not fit the model, the data have no labels
             for the task loss, or one process sees several GPUs.
         FloatingPointError: while training, when a part of the loss is not finite; the part is named.
     """
@@ -90,6 +91,7 @@ class SDPruneTrainer(Trainer):
         if hasattr(Trainer, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = False
         self.sdprune_config = config
+        check_bare(self.model)
         check_objectives(cast(nn.Module, self.model), config)
         if config.gradient_ratio is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("gradient_ratio measures whole gradients, which FSDP and DeepSpeed split; leave it out")
@@ -141,6 +143,7 @@ class SDPruneTrainer(Trainer):
         dtype = None if config.teacher_dtype is None else getattr(torch, config.teacher_dtype)
         if teacher_model is None:
             return Teacher(model, copy_model=True, dtype=dtype)
+        check_bare(teacher_model, "teacher_model")
         if teacher_model is model:
             raise ValueError("teacher_model is the model itself; leave it out to have a frozen copy made")
         check_objectives(teacher_model, config, "teacher_model", masked=False)
