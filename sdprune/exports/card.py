@@ -54,6 +54,7 @@ class ModelCard:
         recipe: every setting, plain values.
         task: pipeline tag of the hub, such as "text-classification".
         dataset: hub id of the data, or None.
+        unreached: fraction of the parameters that could not be pruned, such as experts that are stored as one tensor.
     """
 
     base_model: str
@@ -66,6 +67,7 @@ class ModelCard:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     task: str = "text-classification"
     dataset: str | None = None
+    unreached: float = 0.0
 
 
 def write_model_card(directory: str | Path, card: ModelCard) -> Path:
@@ -92,7 +94,7 @@ def write_model_card(directory: str | Path, card: ModelCard) -> Path:
         f"- Base model: {base}\n- Method: {card.method}\n- Data: {card.data}\n- Seed: {card.seed}\n"
         "- Made with sdprune; the whole recipe is at the end"
     )
-    parts = (origin, _loading(found), _scores(card), _sparsity(found), _speed(card), _losses(card, found))
+    parts = (origin, _loading(found), _scores(card), _sparsity(card, found), _speed(card), _losses(card, found))
     recipe = yaml.safe_dump(dict(card.recipe), sort_keys=False, allow_unicode=True)
     body = "\n\n".join((title, *parts, f"## Recipe\n\n```yaml\n{recipe}```"))
     path = Path(directory) / CARD_NAME
@@ -168,7 +170,7 @@ def _scores(card: ModelCard) -> str:
     return "## Scores\n\n" + markdown_table([("metric", "dense", "pruned"), *rows])
 
 
-def _sparsity(found: Inspection) -> str:
+def _sparsity(card: ModelCard, found: Inspection) -> str:
     groups: dict[str, list[LayerReport]] = {}
     for layer in found.layers:
         groups.setdefault(layer.structure, []).append(layer)
@@ -178,10 +180,15 @@ def _sparsity(found: Inspection) -> str:
         left = sum(layer.density * layer.shape[0] * layer.shape[1] for layer in layers)
         rows.append((structure, str(len(layers)), f"{left / total:.1%}"))
     heads = sum(layer.dead_heads for layer in found.layers)
+    unreached = (
+        f"\n\n{card.unreached:.1%} of the model's parameters were out of reach: weights in its layers that belong to "
+        "no linear layer, such as experts that are stored as one tensor. They are dense."
+    )
     return (
         f"## Sparsity\n\n{1.0 - found.density:.2%} of the weights of all linear layers are exactly zero.\n\n"
         f"{markdown_table(rows)}\n\n"
         f"Empty rows: {sum(layer.dead_rows for layer in found.layers)}; empty attention heads: {heads}."
+        f"{unreached if card.unreached else ''}"
     )
 
 

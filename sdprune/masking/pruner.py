@@ -84,7 +84,7 @@ def _tell_unreached(model: nn.Module) -> None:
             "%.1f %% of the model's parameters are out of reach and stay dense: %s, %d such weights in the stack of "
             "layers belong to no linear layer",
             100 * share,
-            next(iter(found)),
+            max(found, key=found.__getitem__),
             len(found),
         )
 

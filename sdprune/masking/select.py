@@ -27,6 +27,8 @@ def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
     candidates = [name for name, module in model.named_modules() if is_linear(module) and name]
     if config.target_modules is None:
         chosen = _in_layer_stack(model, candidates)
+        if not chosen and adapted(model):
+            raise ValueError(_adapter_on(adapted(model)[0].removesuffix(".")))
         if not chosen:
             raise ValueError(
                 "target_modules is None, but the model has no stack of layers with linear layers in it. "
@@ -105,13 +107,17 @@ def _check_layers(model: nn.Module, chosen: list[str]) -> None:
     for name in chosen:
         layer: nn.Module = model.get_submodule(name)
         if name.startswith(adapters):
-            raise ValueError(
-                f"layer {name!r} has an adapter of PEFT; merge it first (merge_and_unload() of the PeftModel), or "
-                "prune the model without it and train the adapter afterwards, under freeze_sparsity"
-            )
+            raise ValueError(_adapter_on(name))
         fault = None if isinstance(layer, MaskedLinear) else more_than_linear(layer)
         if fault is not None:
             raise ValueError(f"layer {name!r} ({type(layer).__name__}) cannot be pruned: {fault}")
+
+
+def _adapter_on(name: str) -> str:
+    return (
+        f"layer {name!r} has an adapter of PEFT; merge it first (merge_and_unload() of the PeftModel), or prune the model "
+        "without it and train the adapter afterwards, under freeze_sparsity"
+    )
 
 
 def _check_unshared(model: nn.Module, chosen: list[str]) -> None:

@@ -60,7 +60,7 @@ def prune(
     loss weights and the representation are reconstructions; the paper's own settings were not available.
 
     Args:
-        model: a fine-tuned transformers model, neither wrapped nor compiled; changed in place. Hooks of its layers stay.
+        model: a fine-tuned transformers model, neither wrapped nor compiled; changed in place, hooks of layers stay.
         config: what is pruned and distilled.
         train_dataset: as of `transformers.Trainer`.
         eval_dataset: as of `transformers.Trainer`.

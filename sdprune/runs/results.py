@@ -142,6 +142,7 @@ class Results:
             "target_sparsity": config.target_sparsity,
             "sparsity": sparsity.linear,
             "model_sparsity": sparsity.model,
+            "unreached": sparsity.unreached_share,
             **workbench.score(logits),
             "reload_max_difference": float((found - memory(**probe).logits).abs().max()),
             "speedup": speedup(self.dense, timed, probe),
@@ -204,6 +205,7 @@ def card_of(
         speeds=(speed,),
         recipe={name: public_name(value) for name, value in (recipe.to_dict() | {"model": base_model}).items()},
         task="token-classification" if task.tagged else "text-classification",
+        unreached=row.get("unreached", 0.0),
         dataset=GLUE if recipe.data.data in GLUE_TASKS else None,
     )
 

@@ -71,8 +71,8 @@ class SDPruneTrainer(Trainer):
 
     Raises:
         ValueError: a model is wrapped, no teacher is given and the model is pruned already, the teacher is the model
-            itself or has another vocabulary, other classes or another width, an objective does not fit the model, the data have no labels
-            for the task loss, or one process sees several GPUs.
+            itself or has another vocabulary, other classes or another width, an objective does not fit the model, the
+            data have no labels for the task loss, or one process sees several GPUs.
         FloatingPointError: while training, when a part of the loss is not finite; the part is named.
     """
 
