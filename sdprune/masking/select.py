@@ -115,8 +115,8 @@ def _check_layers(model: nn.Module, chosen: list[str]) -> None:
 
 def _adapter_on(name: str) -> str:
     return (
-        f"layer {name!r} has an adapter of PEFT; merge it first (merge_and_unload() of the PeftModel), or prune the model "
-        "without it and train the adapter afterwards, under freeze_sparsity"
+        f"layer {name!r} has an adapter of PEFT; merge it first (merge_and_unload() of the PeftModel, then "
+        "requires_grad_(True)), or prune the model without it and train the adapter afterwards, under freeze_sparsity"
     )
 
 

@@ -351,10 +351,10 @@ def test_adapters(model, batch, refused, dataset_factory, tokenizer, arguments, 
     before = adapted(**inputs_of(batch)).logits
     refused(
         lambda: prune(adapted, CONFIG, dataset_factory(16), args=arguments(), processing_class=tokenizer),
-        r"has an adapter of PEFT; merge it first \(merge_and_unload\(\) .* under freeze_sparsity",
+        r"has an adapter of PEFT; merge it first \(merge_and_unload\(\) .*requires_grad_\(True\)\), .* under freeze_sparsity",
     )
     refused(lambda: export(model, tmp_path / "model"), "model has adapters of PEFT")
-    merged = adapted.merge_and_unload()
+    merged = adapted.merge_and_unload().requires_grad_(True)
     result = prune(merged, CONFIG, dataset_factory(32), args=arguments(max_steps=4), processing_class=tokenizer)
     assert result.sparsity.linear == pytest.approx(0.7, abs=1e-3)
     torch.testing.assert_close(before.shape, result.model(**inputs_of(batch)).logits.shape)
