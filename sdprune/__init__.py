@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from sdprune.training.callback import SDPruneCallback as SDPruneCallback
     from sdprune.training.trainer import SDPruneTrainer as SDPruneTrainer
 
+    __version__: str
+
 _PUBLIC = {  # module -> names
     "config": ("SDPruneConfig",),
     "exports.export": ("export",),
@@ -53,6 +55,10 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sdprune")
     if name not in _HOMES:
         raise AttributeError(f"module 'sdprune' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -2,7 +2,9 @@
 
 import argparse
 import errno
+import importlib.metadata
 import logging
+import platform
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -92,11 +94,35 @@ def _told() -> Iterator[None]:
         log.propagate = passed_on
 
 
+class _Versions(argparse.Action):
+    """Print what a report of a fault should tell, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print("\n".join(f"{name} {value}" for name, value in _versions().items()))
+        parser.exit()
+
+
+def _versions() -> dict[str, str]:
+    """What decides how a run goes: versions, as they are installed, and the device."""
+    import torch
+
+    found = {"sdprune": importlib.metadata.version("sdprune"), "Python": platform.python_version()}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "is not installed"
+    device = torch.accelerator.current_accelerator(check_available=True)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else str(device or "cpu")
+    return {**found, "platform": platform.platform(), "device": name}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sdprune",
         description="Prune a fine-tuned Transformer while a frozen copy of it teaches it.",
     )
+    parser.add_argument("--version", action=_Versions, nargs=0, help="print what a report of a fault should tell")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:

@@ -1,5 +1,6 @@
 """The command line: what it does, and one line for everything a person can get wrong."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+import sdprune
 from sdprune.cli import main
 from sdprune.config import SDPruneConfig
 from sdprune.recipe import DataConfig, Recipe, TrainingConfig
@@ -64,6 +66,29 @@ def test_prune_evaluate_export(prune, csv_file, tmp_path, capsys):
         for path in (tmp_path / "exported", run / "model")
     )
     assert all(torch.equal(value, trained[name]) for name, value in exported.items())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == "sdprune Python torch triton transformers platform device".split()
+    assert lines[0] == f"sdprune {sdprune.__version__}" == f"sdprune {importlib.metadata.version('sdprune')}"
+    assert lines[2] == f"torch {torch.__version__}"
+    assert torch.cuda.is_available() or lines[-1] in ("device cpu", "device mps")
+
+
+def test_version_without_triton(capsys, monkeypatch):
+    def absent(name):
+        if name == "triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert "\ntriton is not installed\ntransformers 1.0\n" in capsys.readouterr().out
 
 
 def test_options_override_the_recipe(prune, model_folder, csv_file, tmp_path):
