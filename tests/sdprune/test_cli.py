@@ -73,7 +73,8 @@ def test_version(capsys):
         main(["--version"])
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == "sdprune Python torch triton transformers platform device".split()
+    names = ["sdprune", "Python", "torch", "triton", "transformers", "platform", "device"]
+    assert [line.split()[0] for line in lines] == names
     assert lines[0] == f"sdprune {sdprune.__version__}" == f"sdprune {importlib.metadata.version('sdprune')}"
     assert lines[2] == f"torch {torch.__version__}"
     assert torch.cuda.is_available() or lines[-1] in ("device cpu", "device mps")
