@@ -107,7 +107,8 @@ def _versions() -> dict[str, str]:
     import torch
 
     found = {"sdprune": importlib.metadata.version("sdprune"), "Python": platform.python_version()}
-    for name in ("torch", "triton", "transformers"):
+    found["torch"] = torch.__version__  # its metadata do not name the CUDA it was built for
+    for name in ("triton", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
