@@ -79,18 +79,14 @@ def prune(
     Raises:
         ValueError: the configuration does not fit the model or the training, a layer or the model is more than it can
             mask (the message says what to do), `output_dir` holds another run, or the arguments ask for what cannot be
-            done right: a stream of rows to be resumed, another SDPruneCallback, `bf16_full_eval` and `fp16_full_eval`
-            (the Trainer casts the very weights).
+            done right, such as resuming with a stream of rows.
         TypeError: a model is no module.
         TrainingInterrupted: Ctrl-C; the step was finished and a checkpoint saved.
     """
-    check_bare(model)
-    if teacher_model is not None:
-        check_bare(teacher_model, "teacher_model")
     if args is None:
         args = TrainingArguments(output_dir="sdprune_output", seed=config.seed, report_to="none")
     callbacks = list(callbacks or ())
-    _check(args, train_dataset, callbacks)
+    _check(model, teacher_model, args, train_dataset, callbacks)
     directory = Path(str(args.output_dir))
     bar, interrupt = ProgressBar("pruning" if config.target_sparsity else "training"), FinishStepOnInterrupt()
     origin = run_origin(model, teacher_model, train_dataset, args)
@@ -139,8 +135,13 @@ def prune(
     )
 
 
-def _check(args: TrainingArguments, train_dataset: Any, callbacks: Iterable[Any]) -> None:
-    """Refuse what the Trainer would do silently wrong."""
+def _check(
+    model: Any, teacher_model: Any, args: TrainingArguments, train_dataset: Any, callbacks: Iterable[Any]
+) -> None:
+    """Refuse what cannot be masked, and what the Trainer would do silently wrong."""
+    check_bare(model)
+    if teacher_model is not None:
+        check_bare(teacher_model, "teacher_model")
     if args.resume_from_checkpoint and not has_rows(train_dataset):
         raise ValueError(
             f"resume_from_checkpoint={args.resume_from_checkpoint!r} needs a train_dataset with a length and rows by "
