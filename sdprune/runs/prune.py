@@ -83,8 +83,7 @@ def prune(
         TypeError: a model is no module.
         TrainingInterrupted: Ctrl-C; the step was finished and a checkpoint saved.
     """
-    if args is None:
-        args = TrainingArguments(output_dir="sdprune_output", seed=config.seed, report_to="none")
+    args = args or TrainingArguments(output_dir="sdprune_output", seed=config.seed, report_to="none")
     callbacks = list(callbacks or ())
     _check(model, teacher_model, args, train_dataset, callbacks)
     directory = Path(str(args.output_dir))
