@@ -123,8 +123,7 @@ def prune(
         raise KeyboardInterrupt
     metrics = trainer.evaluate() if eval_dataset is not None else {}
     pruned: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    names = list(masked_layers(pruned))
-    unswap(pruned)
+    names, pruned = list(masked_layers(pruned)), unswap(pruned)
     return PruneResult(
         model=pruned,
         teacher=trainer.teacher.model if trainer.teacher else None,
