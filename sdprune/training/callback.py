@@ -83,6 +83,7 @@ class SDPruneCallback(TrainerCallback):
         if state.global_step:
             asked = sparsity_before(self.config, state.max_steps, state.global_step)
             self._check_sparsity(model, asked, partition)
+            self._gather_again(model, state)
         elif self._begun_at > reached_sparsity(self.config.target_sparsity, self.config) + partition.tolerance(
             self.config
         ):
@@ -106,6 +107,13 @@ class SDPruneCallback(TrainerCallback):
                 "anew after SDPruneCallback had masked the first one; to go on from a checkpoint give model=... instead"
             )
         return mask_model(model, self.config)
+
+    def _gather_again(self, model: nn.Module, state: TrainerState) -> None:
+        """Have layers gather scores that an earlier training of the same model had settled, from before it had."""
+        moments = pruning_moments(self.config, state.max_steps)
+        if CRITERIA[self.config.criterion].update is not None and state.global_step < max(moments, default=0):
+            for layer in masked_layers(model).values():
+                layer.gathering = True
 
     def _check_config(self, state: TrainerState) -> None:
         """Compare with the configuration of the checkpoint, if the training goes on from one, and have it saved."""

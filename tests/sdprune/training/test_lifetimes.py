@@ -148,6 +148,20 @@ def test_a_second_training_resumes_from_its_own_checkpoints(model_factory, make_
     assert all(torch.equal(value, theirs[name]) for name, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "soft_movement", "l0"])
+def test_the_same_trainer_goes_back_to_a_checkpoint(criterion, model, make_trainer, arguments, tmp_path):
+    """From before the last pruning step: scores are gathered again, gates are random again."""
+    start = 0.0 if criterion == "magnitude" else 0.25
+    config = SDPruneConfig(
+        target_sparsity=0.7, pruning_steps=3, start_ratio=start, end_ratio=0.8, criterion=criterion, distillation=None
+    )
+    trainer = make_trainer(model, config=config, args=arguments(save_strategy="steps", save_steps=3))
+    trainer.train()
+    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
+
+
 def test_a_model_that_is_pruned_further_already_is_refused(model, make_trainer):
     make_trainer(model).train()
     trainer = make_trainer(model, config=SDPruneConfig(target_sparsity=0.5, distillation=None, pruning_steps=2))
