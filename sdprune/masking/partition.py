@@ -182,7 +182,7 @@ class Partition:
         for part in self.parts:
             counts = [math.prod(each.grid) for each in part]
             if config.scope == "global":
-                floor = sum(max(1, math.floor(config.min_layer_density * count)) for count in counts)
+                floor = sum(max(1, least_kept(config.min_layer_density, count)) for count in counts)
                 kept = sum(counts) - pruned_count(target, sum(counts))
                 if kept < floor:
                     raise ValueError(
@@ -247,6 +247,15 @@ class Partition:
         return units / total
 
 
+def least_kept(density: float, units: int) -> int:
+    """Return how many of the `units` of a layer a floor keeps: whole ones that fit into `density`, but at least one.
+
+    Never more than a ranking leaves, since the density is at most 1 - target_sparsity: of several that are all raised
+    above the others, but too many, position would decide and not the score.
+    """
+    return max(1, math.floor(density * units + 1e-9)) if density else 0
+
+
 def groups_keep(sparsity: float, n: int, m: int) -> int:
     """Return how many of `m` neighbours are kept at this sparsity: as few as it allows, never fewer than `n`."""
     return max(n, math.ceil(m * (1.0 - sparsity) - 1e-9))
@@ -270,7 +279,7 @@ def _sunk(scores: Tensor, kept: Tensor) -> Tensor:
 
 def _protected(scores: Tensor, density: float) -> Tensor:
     """The highest scores of a layer, as many as `density` demands, are raised above all others."""
-    count = math.ceil(density * scores.numel())
+    count = least_kept(density, scores.numel())
     if count == 0:
         return scores
     raised = scores.flatten().clone()

@@ -45,10 +45,11 @@ class SDPruneCallback(TrainerCallback):
         config: what is pruned, how far, when.
 
     Raises:
-        ValueError: when the Trainer is built or starts: nothing to prune or nothing that trains, a block that does not
-            divide a layer, a target that would leave nothing of a layer, more pruning steps than the training has room
-            for, `load_best_model_at_end` (it would pick a model from before the target), a model that is pruned
-            further than the target already, or a checkpoint of another configuration or with other masks.
+        ValueError: when the Trainer is built or starts: two of these callbacks, nothing to prune or nothing that
+            trains, a block that does not divide a layer, a target that would leave nothing of a layer, more pruning
+            steps than the training has room for, `load_best_model_at_end` (it would pick a model from before the
+            target), a model that is pruned further than the target already, or a checkpoint of another configuration
+            or with other masks.
     """
 
     def __init__(self, config: SDPruneConfig) -> None:
@@ -65,6 +66,10 @@ class SDPruneCallback(TrainerCallback):
                 "would keep a model from before the target sparsity; set load_best_model_at_end=False and "
                 "save_strategy='steps' or 'epoch'"
             )
+        begun: Any = state.stateful_callbacks  # the callbacks of a Trainer share its state, each training has a new one
+        if STATE_NAME in begun:
+            raise ValueError("callbacks holds two SDPruneCallbacks, and each would prune; leave one out")
+        begun[STATE_NAME] = self.config.to_dict()
         model: nn.Module = kwargs["model"]
         check_trainable(model)
         self._partition, self._model = mask_model(model, self.config), weakref.ref(model)

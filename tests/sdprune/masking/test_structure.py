@@ -6,7 +6,7 @@ from torch import nn
 
 from sdprune import SDPruneConfig
 from sdprune.masking.coupling import find_couplings
-from sdprune.masking.partition import Partition, reached_sparsity
+from sdprune.masking.partition import Partition, least_kept, reached_sparsity
 from sdprune.masking.pruner import mask_model, masked_fraction, prune_step
 from sdprune.masking.swap import masked_layers
 
@@ -111,6 +111,28 @@ def test_a_floor_lets_no_layer_die(model, structure):
     free = SDPruneConfig(structure=structure, scope="global", block_shape=(4, 8), target_sparsity=0.8)
     with pytest.raises(ValueError, match=r"layer 'bert\.encoder\.layer\.1\..*' would lose all"):
         prune_step(model, free, 0.9, Partition.of(model, list(masked_layers(model)), free))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_floor_between_two_units_leaves_the_choice_to_the_scores(model_factory, scope):
+    model = model_factory(hidden_size=36, num_attention_heads=3)  # a floor of 0.4 is 1.2 heads, and one is left
+    config = SDPruneConfig(structure="head", scope=scope, target_sparsity=0.6, min_layer_density=0.4)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            for part in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
+                part.weight.copy_(torch.tensor([1e-3, 1e-2, 1.0]).repeat_interleave(12)[:, None].expand(36, 36))
+    prune_step(model, config, 0.6, mask_model(model, config))
+    for layer in model.bert.encoder.layer:
+        kept = layer.attention.self.query.bit_mask.to_bool().any(1)
+        assert kept.tolist() == [False] * 24 + [True] * 12
+
+
+@pytest.mark.parametrize(
+    ("density", "units", "least"),
+    [(0.0, 9, 0), (0.4, 3, 1), (0.1, 2, 1), (0.3, 10, 3), (1.0 - 0.7, 10, 3), (0.29, 100, 29)],
+)
+def test_what_a_floor_keeps(density, units, least):
+    assert least_kept(density, units) == least
 
 
 def test_grouped_queries_go_with_their_key_and_value(build):

@@ -91,6 +91,12 @@ def test_a_callback_that_came_too_late_says_so(model_factory, dataset_factory, t
         trainer.train()
 
 
+@pytest.mark.parametrize("second", [CONFIG, replace(CONFIG, target_sparsity=0.3)], ids=["same", "other"])
+def test_two_callbacks_are_refused_when_the_trainer_is_built(model, dataset_factory, tokenizer, arguments, second):
+    with pytest.raises(ValueError, match="callbacks holds two SDPruneCallbacks, and each would prune; leave one out"):
+        make_trainer(model, arguments(), dataset_factory(8), tokenizer, SDPruneCallback(second))
+
+
 def test_checkpoints_of_another_configuration_or_other_masks_are_refused(
     model_factory, dataset_factory, tokenizer, arguments, tmp_path
 ):
