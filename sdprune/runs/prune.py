@@ -153,3 +153,8 @@ def _check(
                 f"{name}=True would leave the pruned weights in half precision: the Trainer casts the model itself to "
                 f"score it; leave it out, {name[:4]}=True scores in autocast"
             )
+    if "underflow_overflow" in args.debug:
+        raise ValueError(
+            "debug='underflow_overflow' would leave its hooks in the pruned model, whose layers they do not know: none "
+            "of its forward passes would end; leave it out"
+        )

@@ -72,6 +72,7 @@ REFUSED = {  # options that cannot be right, and what is said
         {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"},
         "would keep a model from before the target sparsity",
     ),
+    "debug": ({"debug": "underflow_overflow"}, "debug='underflow_overflow' would leave its hooks in the pruned model"),
     "resume_from_checkpoint": ({"resume_from_checkpoint": True}, "holds no run to resume"),
 }
 # Options that decide neither who calls `train`, nor what is saved, nor what a step computes: where and how fast the
@@ -81,7 +82,7 @@ ELSEWHERE = (
     {"adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "weight_decay", "lr_scheduler_kwargs"},
     {"save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_steps", "disable_tqdm", "report_to"},
     {"do_train", "do_eval", "do_predict", "log_level", "log_level_replica", "log_on_each_node", "run_name", "project"},
-    {"metric_for_best_model", "greater_is_better", "skip_memory_metrics", "debug", "logging_nan_inf_filter"},
+    {"metric_for_best_model", "greater_is_better", "skip_memory_metrics", "logging_nan_inf_filter"},
     {name for name in NAMES if name.startswith(("hub_", "trackio_", "dataloader_", "ddp_"))} | {"push_to_hub"},
     # more than one process, or hardware that is not here; DDP has tests of its own
     {"accelerator_config", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "local_rank", "save_on_each_node"},
