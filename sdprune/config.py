@@ -58,8 +58,8 @@ class SDPruneConfig(CheckedConfig):
         magnitude_norm: 1 or 2, the norm by which "magnitude" ranks units of several weights.
         sparsity_penalty: weight of the regularizer of "soft_movement" and "l0", which drives scores down, >= 0.
         score_learning_rate: step size of the scores of "soft_movement" and "l0", > 0.
-        min_layer_density: fraction of its units, rounded down but at least one, that every layer keeps, whatever the
-            ranking says, in [0, 1). With 0 a "global" ranking may leave nothing of a layer, which is an error.
+        min_layer_density: fraction of its units that every layer keeps, whatever the ranking says, in [0, 1), to one
+            unit. With 0 a "global" ranking may leave nothing of a layer, which is an error.
         scope: "layer" (every matrix reaches the target) or "global" (one ranking over all matrices).
         schedule: path of the sparsity over the pruning steps: "one_shot", "uniform" (equal steps), "geometric"
             (an equal fraction of the remaining weights a step), "cubic" (fast, then slow).

@@ -1,7 +1,7 @@
 """The units of a model that a structure keeps or prunes together, and how many of them a sparsity leaves."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -182,8 +182,8 @@ class Partition:
         for part in self.parts:
             counts = [math.prod(each.grid) for each in part]
             if config.scope == "global":
-                floor = sum(max(1, least_kept(config.min_layer_density, count)) for count in counts)
                 kept = sum(counts) - pruned_count(target, sum(counts))
+                floor = sum(max(1, least) for least in least_kept(config.min_layer_density, counts, kept))
                 if kept < floor:
                     raise ValueError(
                         f"target_sparsity={target} leaves {kept} of {sum(counts)} units ({part[0].kind}) in all, but "
@@ -218,13 +218,13 @@ class Partition:
         selected: dict[str, BitMask] = {}
         for part in self.parts:
             values = []
-            for each in part:
+            for each, least in zip(part, _floors(part, sparsity, config), strict=True):
                 unit = each.units(scores)
                 if criterion.of_units is not None:
                     unit = criterion.of_units(unit)
                 if not criterion.revives:
                     unit = _sunk(unit, each.kept(masks).to(unit.device))
-                values.append(_protected(unit, config.min_layer_density))
+                values.append(_protected(unit, least))
             names = [each.layers[-1] for each in part]
             if groups is not None:
                 n, m = groups(config)
@@ -247,13 +247,30 @@ class Partition:
         return units / total
 
 
-def least_kept(density: float, units: int) -> int:
-    """Return how many of the `units` of a layer a floor keeps: whole ones that fit into `density`, but at least one.
+def least_kept(density: float, counts: Sequence[int], kept: int) -> list[int]:
+    """Return how many units of each layer a floor keeps, whatever their scores.
 
-    Never more than a ranking leaves, since the density is at most 1 - target_sparsity: of several that are all raised
-    above the others, but too many, position would decide and not the score.
+    These are whole units, rounded up, or, where a ranking leaves fewer than all of them together, rounded down but at
+    least one: of more than it leaves, position would decide and not the score.
+
+    Args:
+        density: fraction of its units that every layer keeps.
+        counts: units of the layers that are ranked together.
+        kept: units that the ranking leaves of them together.
     """
-    return max(1, math.floor(density * units + 1e-9)) if density else 0
+    if not density:
+        return [0] * len(counts)
+    up = [math.ceil(density * count - 1e-9) for count in counts]
+    return up if sum(up) <= kept else [max(1, math.floor(density * count + 1e-9)) for count in counts]
+
+
+def _floors(part: Sequence[Blocks | Units], sparsity: float, config: SDPruneConfig) -> list[int]:
+    """The floors of layers that are ranked all together, or each by itself."""
+    counts = [math.prod(each.grid) for each in part]
+    together = [counts] if config.scope == "global" else [[count] for count in counts]
+    kept = [sum(group) - pruned_count(sparsity, sum(group)) for group in together]
+    rankings = zip(together, kept, strict=True)
+    return [least for group, left in rankings for least in least_kept(config.min_layer_density, group, left)]
 
 
 def groups_keep(sparsity: float, n: int, m: int) -> int:
@@ -277,9 +294,8 @@ def _sunk(scores: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept | scores.isnan(), scores, -torch.inf)
 
 
-def _protected(scores: Tensor, density: float) -> Tensor:
-    """The highest scores of a layer, as many as `density` demands, are raised above all others."""
-    count = least_kept(density, scores.numel())
+def _protected(scores: Tensor, count: int) -> Tensor:
+    """The `count` highest scores of a layer are raised above all others."""
     if count == 0:
         return scores
     raised = scores.flatten().clone()

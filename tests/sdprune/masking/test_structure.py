@@ -128,11 +128,20 @@ def test_a_floor_between_two_units_leaves_the_choice_to_the_scores(model_factory
 
 
 @pytest.mark.parametrize(
-    ("density", "units", "least"),
-    [(0.0, 9, 0), (0.4, 3, 1), (0.1, 2, 1), (0.3, 10, 3), (1.0 - 0.7, 10, 3), (0.29, 100, 29)],
+    ("density", "counts", "kept", "least"),
+    [
+        (0.0, [9], 3, [0]),
+        (0.4, [3], 1, [1]),  # 1.2 units, and one is left
+        (0.4, [3], 2, [2]),
+        (0.1, [2, 2], 2, [1, 1]),
+        (1.0 - 0.7, [10], 3, [3]),
+        (0.29, [100], 29, [29]),
+        (0.25, [6, 6], 3, [1, 1]),
+        (0.25, [6, 6], 4, [2, 2]),
+    ],
 )
-def test_what_a_floor_keeps(density, units, least):
-    assert least_kept(density, units) == least
+def test_what_a_floor_keeps(density, counts, kept, least):
+    assert least_kept(density, counts, kept) == least
 
 
 def test_grouped_queries_go_with_their_key_and_value(build):
