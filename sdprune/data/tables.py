@@ -71,10 +71,12 @@ class Table:
             trained: whether a model knows the classes, so that a single one will do.
 
         Raises:
-            ValueError: all labels are equal.
+            ValueError: all labels are equal where every row has one, or no row has any.
         """
         distinct = self.names | set(others)
-        if len(distinct) == 1 and not trained:
+        if not distinct:
+            raise ValueError(f"{self.path}: no row has a label")
+        if len(distinct) == 1 and not trained and label_type != CLASSES:
             raise ValueError(f"{self.path} holds a single class, {str(*distinct)!r}; two are needed")
         return () if label_type == NUMBER else sorted_names(distinct)
 

@@ -196,6 +196,12 @@ def test_lists_of_labels(tmp_path):
     task = load_task(write(tmp_path / "data.jsonl", (["b", "a"], [], "c", [10])))
     assert (task.listed, task.label_names) == (True, ("10", "a", "b", "c"))
     assert set(task.train.labels) == {frozenset({1, 2}), frozenset(), frozenset({3}), frozenset({0})}
+    alone = load_task(write(tmp_path / "data.jsonl", (["spam"], [])))  # there or not: one class will do
+    assert (alone.listed, alone.label_names, set(alone.train.labels)) == (
+        True,
+        ("spam",),
+        {frozenset({0}), frozenset()},
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,6 +211,7 @@ def test_lists_of_labels(tmp_path):
         ((["a"], []), Target(NUMBER, "the model has one output", True), "row 1: the label 'a' is no number"),
         ((["a"], None), Target(), "row 2 has no label in column 'label'"),
         ((["a", None], ["b"]), Target(), "row 1 has no label in column 'label'"),
+        (([], []), Target(), r"data\.jsonl: no row has a label"),
         (([0, 1, 1], [1, 0, 0]), Target(), "the lists in column 'label' hold 0 or 1 for every class; list the classes"),
     ],
 )
