@@ -42,6 +42,9 @@ def speed_note(runs: Sequence[Mapping[str, Any]]) -> str:
     """Say what the speed-ups in the rows of a run are of."""
     forms = {run.get("form") for run in runs}
     if not forms - {"dense weights with zeros"}:
-        return "Zeros in dense weights do not speed up a dense product: the speed-up is 1 but for noise."
+        return (
+            "The speed-up was measured with dense weights: dense products do not skip their zeros, so that what differs "
+            "from 1 is noise."
+        )
     layers = "with sparse or narrower layers, as `import sdprune` loads the exported model"
     return f"The speed-up was measured on this machine {layers}{' where any are' if len(forms) > 1 else ''}."

@@ -101,7 +101,7 @@ def test_blocks_of_one_column_are_told_as_such(model_folder, csv_file, tmp_path,
     assert main([*command, *options]) == 0
     said = capsys.readouterr().out
     assert "The speed-up was measured on this machine with sparse or narrower layers" in said
-    assert "1 but for noise" not in said
+    assert "is noise" not in said
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "blocks of 32x1" in card
     assert "| 32x1 | 2 |" in card  # in those of 64 x 32: others of 32 rows have whole columns
