@@ -43,8 +43,7 @@ def speed_note(runs: Sequence[Mapping[str, Any]]) -> str:
     forms = {run.get("form") for run in runs}
     if not forms - {"dense weights with zeros"}:
         return (
-            "The speed-up was measured with dense weights: dense products do not skip their zeros, so what differs from "
-            "1 is noise."
+            "The speed-up was measured with dense weights, whose zeros no product skips: what differs from 1 is noise."
         )
     layers = "with sparse or narrower layers, as `import sdprune` loads the exported model"
     return f"The speed-up was measured on this machine {layers}{' where any are' if len(forms) > 1 else ''}."
