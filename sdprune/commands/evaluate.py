@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     from sdprune.runs.workbench import load_workbench
 
     data = DataConfig(**given_fields(options, DataConfig))
-    workbench = load_workbench(options.model, data, trust_remote_code=options.trust_remote_code)
+    workbench = load_workbench(options.model, data, trust_remote_code=options.trust_remote_code, scored=True)
     model = workbench.classifier.model
     if not workbench.classifier.trained_head:
         raise ValueError(f"model {options.model!r} has no trained classification head to evaluate")
@@ -32,6 +32,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name:<16} {value:.4f}")
     for language, scores in workbench.score_languages(logits).items():
         print(f"{language:<16} " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-    sparsity = measure_sparsity(model, select_linears(model, SDPruneConfig()))
+    try:
+        names = select_linears(model, SDPruneConfig())
+    except ValueError:  # which layers count, only a run of its own could tell
+        return 0
+    sparsity = measure_sparsity(model, names)
     print(f"{'sparsity':<16} {sparsity.linear:.4f} of the linear layers, {sparsity.model:.4f} of the model")
     return 0

@@ -42,8 +42,6 @@ def speed_note(runs: Sequence[Mapping[str, Any]]) -> str:
     """Say what the speed-ups in the rows of a run are of."""
     forms = {run.get("form") for run in runs}
     if not forms - {"dense weights with zeros"}:
-        return (
-            "The speed-up was measured with dense weights, whose zeros no product skips: what differs from 1 is noise."
-        )
+        return "Zeros alone do not speed up a dense product: with dense weights, what differs from 1 was noise."
     layers = "with sparse or narrower layers, as `import sdprune` loads the exported model"
     return f"The speed-up was measured on this machine {layers}{' where any are' if len(forms) > 1 else ''}."

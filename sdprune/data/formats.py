@@ -75,9 +75,13 @@ def _read_separated(path: Path, names: Sequence[str], *, separator: str) -> Colu
         warnings.simplefilter("error", pandas.errors.ParserWarning)  # more cells than columns: an unquoted separator
         # every cell as it stands: "NA", "null" and "007" are text
         quoting = _quoting(text, found)
-        frame = pandas.read_csv(
-            io.StringIO(text), sep=found, dtype=str, keep_default_na=False, index_col=False, quoting=quoting
-        )
+        try:
+            frame = pandas.read_csv(
+                io.StringIO(text), sep=found, dtype=str, keep_default_na=False, index_col=False, quoting=quoting
+            )
+        except (pandas.errors.ParserError, pandas.errors.ParserWarning) as error:
+            advice = f"a row has more cells than the header; a cell that holds {found!r} needs quotation marks"
+            raise ValueError(f"{first_line(error)} ({advice})") from error
     return {str(name): frame[name].tolist() for name in frame.columns}
 
 
@@ -92,21 +96,22 @@ def _quoting(text: str, separator: str) -> Literal[0, 3]:
     quoted = re.compile(rf'(?:\A|(?<={ends}))"((?:[^"]|"")*)(?:\Z|"((?!{ends}).|))', re.DOTALL)
     joins, broken = False, None
     for match in quoted.finditer(text):
+        across = separator == "\t" and separator in match[1] and re.search(r"[\r\n]", match[1]) is not None
         joins = joins or re.search(ends, match[1]) is not None
-        if match[2] != "" and broken is None:
+        if (match[2] != "" or across) and broken is None:
             broken = match.start()
     if separator == "\t" and (joins or broken is not None) and _one_row_a_line(text, separator):
         return 3  # csv.QUOTE_NONE
     if broken is not None:
         raise ValueError(
-            f"line {_line(text, broken)} has a quotation mark that is not closed, or text behind the closing one "
+            f"line {_line(text, broken)} has a quotation mark that is not closed there, or text behind the closing one "
             '(a mark within quotation marks is written twice: "")'
         )
     return 0  # csv.QUOTE_MINIMAL
 
 
 def _one_row_a_line(text: str, separator: str) -> bool:
-    counts = {line.count(separator) for line in _lines(text) if line}
+    counts = {line.count(separator) for line in _lines(text) if line.strip(" ")}
     return len(counts) == 1
 
 

@@ -22,11 +22,13 @@ class Target:
         label_type: "class", "classes" or "number"; None: as the labels themselves suggest.
         reason: why, for the log.
         trained: whether a trained model is at hand, whose classes the labels must name.
+        scored: whether rows are only scored by it, so that a single class will do.
     """
 
     label_type: str | None = None
     reason: str = ""
     trained: bool = False
+    scored: bool = False
 
 
 def target_of(config: Any, label_type: str | None, *, trained: bool, tagged: bool = False) -> Target:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,23 +52,23 @@ class Table:
         if target.label_type is not None:
             return target
         if self.tagged:
-            return Target(CLASS, "every word has a label", target.trained)
+            return replace(target, label_type=CLASS, reason="every word has a label")
         if self.listed:
-            return Target(CLASSES, "a row may have several labels", target.trained)
+            return replace(target, label_type=CLASSES, reason="a row may have several labels")
         if target.trained:
-            return Target(CLASS, target.reason, True)
+            return replace(target, label_type=CLASS)
         if are_whole(self.names) or None in map(as_number, self.names):
             numbers = "whole numbers" if are_whole(self.names) else "names"
             return Target(CLASS, f"the labels are {numbers}")
         return Target(NUMBER, "the labels are numbers, not all of them whole")
 
-    def class_names(self, label_type: str, others: Iterable[str] = (), *, trained: bool = False) -> tuple[str, ...]:
+    def class_names(self, label_type: str, others: Iterable[str] = (), *, scored: bool = False) -> tuple[str, ...]:
         """Return the sorted names of the classes; none where numbers are predicted.
 
         Args:
             label_type: what the labels are taken for.
             others: labels in other files that count as well.
-            trained: whether a model knows the classes, so that a single one will do.
+            scored: whether rows are only scored, so that a single class will do.
 
         Raises:
             ValueError: all labels are equal where every row has one, or no row has any.
@@ -76,8 +76,9 @@ class Table:
         distinct = self.names | set(others)
         if not distinct:
             raise ValueError(f"{self.path}: no row has a label")
-        if len(distinct) == 1 and not trained and label_type != CLASSES:
-            raise ValueError(f"{self.path} holds a single class, {str(*distinct)!r}; two are needed")
+        if len(distinct) == 1 and not scored and label_type != CLASSES:
+            what = "number" if label_type == NUMBER else "class"
+            raise ValueError(f"{self.path} holds a single {what}, {str(*distinct)!r}; two are needed")
         return () if label_type == NUMBER else sorted_names(distinct)
 
     def examples(self, label_type: str, class_names: Sequence[str], reason: str) -> Examples:
@@ -153,9 +154,10 @@ def read_table(path: Path, config: DataConfig, *, grouped: bool) -> Table:
     groups = tuple(cells(group_name, _parse_text, "group")) if group_name else None
     if not any(isinstance(cell, list) for cell in columns[config.text_column]):
         texts = [cells(name, _parse_text, "text") for name in text_names]
-        _check_not_indicators(path, config.label_column, columns[config.label_column])
         listed = config.label_separator is not None or any(isinstance(c, list) for c in columns[config.label_column])
         labels = cells(config.label_column, partial(_parse_labels, separator=config.label_separator), "label")
+        _check_not_indicators(path, config.label_column, labels)
+        labels = [tuple(dict.fromkeys(row)) for row in labels]
         return Table(path, tuple(zip(*texts, strict=True)), tuple(labels), groups, False, listed)
     if config.text_pair_column:
         raise ValueError(f"{path}: column {config.text_column!r} holds lists of words, which have no text_pair_column")
@@ -170,10 +172,10 @@ def read_table(path: Path, config: DataConfig, *, grouped: bool) -> Table:
     return Table(path, tuple(words), tuple(tags), groups, True)
 
 
-def _check_not_indicators(path: Path, name: str, cells: Sequence[Any]) -> None:
+def _check_not_indicators(path: Path, name: str, labels: Sequence[tuple[str, ...]]) -> None:
     """Raise ValueError for lists that tell by 0 and 1 whether a row has each class: as names they would be two."""
-    sizes = {len(cell) if isinstance(cell, list) else 0 for cell in cells}
-    if len(sizes) == 1 and min(sizes) > 1 and all(entry in (0, 1) for cell in cells for entry in cell):
+    sizes = set(map(len, labels))
+    if len(sizes) == 1 and min(sizes) > 1 and {label for row in labels for label in row} <= {"0", "1"}:
         raise ValueError(f"{path}: the lists in column {name!r} hold 0 or 1 for every class; list the classes by name")
 
 
@@ -193,10 +195,10 @@ def _parse_label(cell: Any) -> str | None:
 def _parse_labels(cell: Any, separator: str | None) -> tuple[str, ...] | None:
     """Return the labels of a row: the entries of a list, the parts of a text, or the one that stands there."""
     if separator is not None and isinstance(cell, str):
-        return tuple(dict.fromkeys(part.strip() for part in cell.split(separator) if part.strip()))
+        return tuple(part.strip() for part in cell.split(separator) if part.strip())
     if isinstance(cell, list):
         parsed = tuple(map(_parse_label, cell))
-        return None if None in parsed else tuple(dict.fromkeys(label for label in parsed if label is not None))
+        return None if None in parsed else tuple(label for label in parsed if label is not None)
     label = _parse_label(cell)
     return None if label is None else (label,)
 

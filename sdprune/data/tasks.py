@@ -200,7 +200,7 @@ def _load_files(config: DataConfig, target: Target) -> Task:
     target = table.decided(target)
     label_type = str(target.label_type)
     known = {name for other in others.values() for name in other.names if target.trained}
-    names = table.class_names(label_type, known, trained=target.trained)
+    names = table.class_names(label_type, known, scored=target.scored)
     _tell(table, label_type, names, target)
     rows = table.examples(label_type, names, target.reason)
     parts = _split(rows, table.groups, {part: part not in others for part in files}, config.split_seed)

@@ -89,7 +89,7 @@ def write_model_card(directory: str | Path, card: ModelCard) -> Path:
     """
     found = inspect_folder(directory)
     base = public_name(card.base_model)
-    title = f"# {Path(base).name}, {1.0 - found.density:.0%} of its linear weights pruned"
+    title = f"# {Path(base).name}, {1.0 - found.density:.0%} of its {_weights(found)} pruned"
     origin = (
         f"- Base model: {base}\n- Method: {card.method}\n- Data: {card.data}\n- Seed: {card.seed}\n"
         "- Made with sdprune; the whole recipe is at the end"
@@ -185,11 +185,19 @@ def _sparsity(card: ModelCard, found: Inspection) -> str:
         "no linear layer, such as experts that are stored as one tensor. They are dense."
     )
     return (
-        f"## Sparsity\n\n{1.0 - found.density:.2%} of the weights of all linear layers are exactly zero.\n\n"
+        f"## Sparsity\n\n{1.0 - found.density:.2%} of {_all_weights(found)} are exactly zero.\n\n"
         f"{markdown_table(rows)}\n\n"
         f"Empty rows: {sum(layer.dead_rows for layer in found.layers)}; empty attention heads: {heads}."
         f"{unreached if card.unreached else ''}"
     )
+
+
+def _weights(found: Inspection) -> str:
+    return "linear weights" if found.architecture else "matrices"  # which are linear, only known classes tell
+
+
+def _all_weights(found: Inspection) -> str:
+    return "the weights of all linear layers" if found.architecture else "all weights in matrices, embeddings included,"
 
 
 def _where(speed: Speed) -> str:

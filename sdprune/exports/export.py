@@ -117,7 +117,12 @@ def _check_model(model: Any) -> None:
             "model has adapters of PEFT, of which alone save_pretrained would write the weights; merge them first "
             "(merge_and_unload() of the PeftModel)"
         )
+    known = ("torch", "transformers", "sdprune") if type(model).__module__.startswith("transformers.") else ()
     for name, module in model.named_modules():
+        if known and is_linear(module) and type(module).__module__.partition(".")[0] not in known:
+            fault = more_than_linear(module)
+            if fault is not None:
+                raise ValueError(f"model: layer {name!r} ({type(module).__name__}) would be loaded as another: {fault}")
         if is_linear(module) and isinstance(module.weight, Tensor) and "weight" not in dict(module.named_parameters()):
             raise ValueError(f"model: layer {name!r} cannot be saved under its own names: {more_than_linear(module)}")
 

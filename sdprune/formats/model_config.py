@@ -17,7 +17,7 @@ def read_config(name: str | Path, *, trust_remote_code: bool = False) -> Any:
         OSError: there is no such file.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     file = Path(name) / "config.json" if Path(name).is_dir() else name
     # looked at before the configuration is made: only some releases of transformers check it, in their own words
@@ -26,9 +26,9 @@ def read_config(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     names = [] if architectures is None else architectures
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(_no_model_class(file, architectures))
-    code = (values.get("auto_map") or {}).get("AutoConfig")
-    if code is not None and not trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
-        raise ValueError(_needs_trust(file, code))  # before transformers asks on the terminal
+    code = _untrusted_code(values, names)
+    if code is not None and not trust_remote_code:
+        raise ValueError(_needs_trust(file, code))  # before transformers asks on the terminal, or takes another class
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except StrictDataclassError as error:  # no ValueError of its own
@@ -62,6 +62,17 @@ def exported_class(folder: Path, config: Any, *, trust_remote_code: bool = False
             raise ValueError(_needs_trust(folder / "config.json", own[auto]))
         raise ValueError(_no_model_class(folder / "config.json", config.architectures))
     return made
+
+
+def _untrusted_code(values: dict[str, Any], architectures: list[str]) -> str | None:
+    """The code that a model cannot do without: of its configuration, or of a class that transformers does not have."""
+    import transformers
+
+    own = values.get("auto_map") or {}
+    if "AutoConfig" in own and values.get("model_type") not in transformers.CONFIG_MAPPING:
+        return str(own["AutoConfig"])
+    missing = [name for name in architectures if not hasattr(transformers, name)]
+    return next((str(place) for place in own.values() if str(place).rpartition(".")[2] in missing), None)
 
 
 def _needs_trust(file: str | Path, code: str) -> str:

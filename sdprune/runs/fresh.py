@@ -30,7 +30,7 @@ options = {"trust_remote_code": trusted == "True"}
 config = transformers.AutoConfig.from_pretrained(folder, **options)
 name = config.architectures[0]
 if not hasattr(transformers, name):
-    name = next(auto for auto, place in config.auto_map.items() if place.endswith("." + name))
+    name = next(auto for auto, place in config.auto_map.items() if str(place).endswith("." + name))
 model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, **options).eval()
 logits = {}
 with torch.inference_mode():

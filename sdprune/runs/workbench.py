@@ -129,6 +129,7 @@ def load_workbench(
     batch_size: int = 64,
     *,
     trust_remote_code: bool = False,
+    scored: bool = False,
 ) -> Workbench:
     """Load a model and its data.
 
@@ -140,10 +141,11 @@ def load_workbench(
         cache: where fetched samples are kept; None: the user's cache folder.
         batch_size: rows of a test batch.
         trust_remote_code: whether code that the model brings along may run.
+        scored: whether rows are only scored, and the model does not train on them.
     """
     source = _bundled(model, cache) or model
     target = model_target(source, data.label_type, trust_remote_code=trust_remote_code)
-    task = load_task(data, cache=cache, target=target)
+    task = load_task(data, cache=cache, target=replace(target, scored=scored))
     classifier = load_classifier(source, task, trust_remote_code=trust_remote_code)
     if classifier.trained_head:
         task = align_labels(task, classifier.model)

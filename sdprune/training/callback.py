@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sdprune.config import SDPruneConfig
 from sdprune.masking.partition import Partition, reached_sparsity
-from sdprune.masking.pruner import gather, mask_model, masked_fraction, prune_step, zero_pruned
+from sdprune.masking.pruner import gather, mask_model, masked_fraction, measure_sparsity, prune_step, zero_pruned
 from sdprune.masking.schedule import (
     check_gradients_come_first,
     pruning_moments,
@@ -48,7 +48,7 @@ class SDPruneCallback(TrainerCallback):
         ValueError: when the Trainer is built or starts: two of these callbacks, nothing to prune or nothing that
             trains, a block that does not divide a layer, a target that would leave nothing of a layer, more pruning
             steps than the training has room for, `load_best_model_at_end` (it would pick a model from before the
-            target), a model that is pruned further than the target already, or a checkpoint of another configuration
+            target), a model whose masks prune further than the target already, or a checkpoint of another configuration
             or with other masks.
     """
 
@@ -74,6 +74,14 @@ class SDPruneCallback(TrainerCallback):
         check_trainable(model)
         self._partition, self._model = mask_model(model, self.config), weakref.ref(model)
         check_trainable(model, self.config)
+        zeros = measure_sparsity(model).linear
+        if masked_fraction(model) == 0.0 and zeros > self.config.target_sparsity > 0.0:
+            logger.warning(
+                "%.1f %% of the weights to be pruned are zero already, more than target_sparsity=%s: those that no "
+                "mask holds will train; to keep them all, freeze_sparsity",
+                100 * zeros,
+                self.config.target_sparsity,
+            )
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check that the schedule fits the training and the masks fit the step."""

@@ -152,6 +152,8 @@ def check_classes(model: nn.Module, labels: Iterable[Any], where: str) -> None:
     config = getattr(model, "config", None)
     classes = getattr(config, "num_labels", None) or 1
     kind = getattr(config, "problem_type", None) or "single_label_classification"
+    if kind == "multi_label_classification":
+        _check_indicators(classes, labels, where)
     if classes == 1 or generates(model) or kind != "single_label_classification":
         return
     plain = (item.tolist() if hasattr(item, "tolist") else item for item in labels)
@@ -163,8 +165,20 @@ def check_classes(model: nn.Module, labels: Iterable[Any], where: str) -> None:
         )
 
 
+def _check_indicators(classes: int, labels: Iterable[Any], where: str) -> None:
+    for label in labels:
+        row = label.tolist() if hasattr(label, "tolist") else label
+        if not (isinstance(row, list | tuple) and len(row) == classes and all(type(each) is float for each in row)):
+            raise ValueError(
+                f"{where} must hold {classes} floating-point numbers a row, 1.0 for every class that it has, for the "
+                f"model with problem_type 'multi_label_classification', got {row!r}"
+            )
+
+
 def labels_of(dataset: Any, row: Mapping[str, Any], name: str) -> Iterable[Any]:
-    """Return every label in a column of a table of `datasets`, once; of other data sets that of `row` alone."""
+    """Return every label in a list of rows or, once each, in a table of `datasets`; of other data sets that of `row`."""
+    if isinstance(dataset, list | tuple):
+        return [each[name] for each in dataset if name in each]
     if not hasattr(dataset, "select_columns") or name not in dataset.column_names:
         return [row[name]]
     column = dataset.select_columns(name).with_format("arrow")[:][name].combine_chunks()  # rows would take seconds

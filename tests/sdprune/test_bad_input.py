@@ -208,3 +208,36 @@ def test_caches_of_a_command(refused_command, model_folder, csv_file, csv_writer
     model_factory(1).save_pretrained(tmp_path / "other")
     refused_command("belongs to another teacher", model=tmp_path / "other", **fields)
     refused_command("belongs to another data set", data=csv_writer(tmp_path / "more.csv", 200), **fields)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (lambda rows: None, "train_dataset must have at least one row, got None"),
+        (lambda rows: [], r"train_dataset must have at least one row, got \[\]"),
+        (
+            lambda rows: (row for row in rows),
+            "train_dataset must be read more than once, got generator; make it a list",
+        ),
+        (lambda rows: 5, "train_dataset must have rows by number, or be a stream of them, got 5"),
+        (lambda rows: [*rows, rows[0] | {"labels": 3}], r"column 'labels' must lie in \[0, 1\] .* got \[3\]"),
+    ],
+)
+def test_what_is_no_data_set(rows, message, model_factory, dataset_factory, tokenizer, arguments, tmp_path):
+    table = dataset_factory(24)
+    given = rows([table[row] for row in range(len(table))])
+    with pytest.raises((ValueError, TypeError), match=message) as raised:
+        prune(model_factory(), SDPruneConfig(**PRUNING), given, args=arguments(**FAST), processing_class=tokenizer)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("labels", [[1, 0, 1], [1.0, 0.0], 1])
+def test_several_classes_are_told_by_numbers(labels, model_factory, dataset_factory, tokenizer, arguments):
+    several = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    rows = [dataset_factory(24)[row] | {"labels": labels} for row in range(24)]
+    given = {"args": arguments(**FAST), "processing_class": tokenizer}
+    with pytest.raises(ValueError, match=r"column 'labels' must hold 3 floating-point numbers a row, .* got"):
+        prune(model_factory(**several), SDPruneConfig(**PRUNING), rows, **given)
+    right = [row | {"labels": [1.0, 0.0, 1.0]} for row in rows]
+    assert prune(model_factory(**several), SDPruneConfig(**PRUNING), right, **given).sparsity.linear == 0.5

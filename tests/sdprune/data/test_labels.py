@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from transformers import BertConfig
@@ -208,10 +209,11 @@ def test_lists_of_labels(tmp_path):
     ("labels", "target", "message"),
     [
         ((["a"], ["a", "b"]), Target(CLASS, "the model has 2 classes", True), r"row 2 has 2 labels, .* must have one"),
-        ((["a"], []), Target(NUMBER, "the model has one output", True), "row 1: the label 'a' is no number"),
+        ((["a"], ["b"]), Target(NUMBER, "the model has one output", True), "row 1: the label 'a' is no number"),
         ((["a"], None), Target(), "row 2 has no label in column 'label'"),
         ((["a", None], ["b"]), Target(), "row 1 has no label in column 'label'"),
         (([], []), Target(), r"data\.jsonl: no row has a label"),
+        ((["1", "0"], ["0", "0"]), Target(), "the lists in column 'label' hold 0 or 1 for every class"),
         (([0, 1, 1], [1, 0, 0]), Target(), "the lists in column 'label' hold 0 or 1 for every class; list the classes"),
     ],
 )
@@ -223,7 +225,10 @@ def test_lists_that_do_not_fit(labels, target, message, tmp_path):
 
 def test_a_trained_model_knows_classes_that_a_file_lacks(tmp_path, caplog):
     known = Target(None, "the model has 3 classes", True)
-    assert load_task(write(tmp_path / "data.jsonl", ("good",)), target=known).label_names == ("good",)
+    scored = replace(known, scored=True)
+    assert load_task(write(tmp_path / "data.jsonl", ("good",)), target=scored).label_names == ("good",)
+    with pytest.raises(ValueError, match="holds a single class, 'good'; two are needed"):
+        load_task(write(tmp_path / "data.jsonl", ("good",)), target=known)  # from which nothing could be learnt
     test = write(tmp_path / "test.jsonl", ("fine",)).data
     config = write(tmp_path / "data.jsonl", ("bad", "good"))
     config = DataConfig(data=config.data, test_data=test)

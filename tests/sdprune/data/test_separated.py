@@ -90,8 +90,8 @@ def test_no_mark_makes_rows_vanish(places, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('text,label\n"a,x\nb,y\n"c,x\n', "line 2 has a quotation mark that is not closed, or text behind"),
-        ('text,label\nb,y\n"c,x\n', "line 3 has a quotation mark that is not closed"),
+        ('text,label\n"a,x\nb,y\n"c,x\n', "line 2 has a quotation mark that is not closed there, or text behind"),
+        ('text,label\nb,y\n"c,x\n', "line 3 has a quotation mark that is not closed there"),
         ('text,label\n"two\nlines",x\n"said "hi"",y\n', "line 4 has a quotation mark"),
         ('text,label\n"said \\"hi\\"",y\n', "line 2 has a quotation mark"),
         ("text,label\na,x\nb,y,z\n", "Error tokenizing data.* line 3"),
@@ -105,8 +105,21 @@ def test_what_cannot_be_read_names_its_line(content, message, tmp_path):
     refused(tmp_path / "data.csv", content, f"could not be read: {message}")
 
 
-def test_ragged_lines_in_tsv_with_stray_marks(tmp_path):
-    refused(tmp_path / "data.tsv", 'text\tlabel\n"a\tx\nb\ty\tz\nc\tx\n', "line 2 has a quotation mark")
+@pytest.mark.parametrize(
+    "content",
+    [
+        'text\tlabel\n"a\tx\nb\ty\tz\nc\tx\n',
+        'text\tlabel\tnote\n"a\tx\t1\nb\ty\nc"\tx\t2\n',  # closed, but across cells and lines
+        'text\tlabel\n"a\tx\nb\ty\nc"\tx\nd\n',
+    ],
+)
+def test_ragged_lines_in_tsv_with_stray_marks(content, tmp_path):
+    refused(tmp_path / "data.tsv", content, "line 2 has a quotation mark")
+
+
+def test_a_line_of_blanks_is_no_line(tmp_path):
+    found = columns(tmp_path / "data.tsv", 'text\tlabel\n"a\tx\n  \nb"\ty\n')
+    assert found["text"] == ['"a', "  ", 'b"']
 
 
 def test_blank_lines_and_long_cells(tmp_path):

@@ -70,7 +70,8 @@ def test_a_local_base_model_is_no_id_of_the_hub(folder, tmp_path):
     card = HubCard.load(write_model_card(folder, replace(CARD, base_model=str(tmp_path), dataset=None)))
     assert card.data.base_model is None
     assert card.data.datasets is None
-    assert f"Base model: {tmp_path}" in card.text
+    assert f"Base model: {tmp_path.name}\n" in card.text
+    assert str(tmp_path.parent) not in card.text
 
 
 def test_compact_weights_alone_come_with_a_warning(model, tmp_path):

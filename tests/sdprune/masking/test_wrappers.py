@@ -417,3 +417,25 @@ def test_nothing_is_out_of_reach_in_a_plain_model(model, caplog):
     assert measure_sparsity(model).unreached == 0
     assert masked_fraction(model) == 0.0
     assert "out of reach" not in caplog.text
+
+
+def test_a_layer_that_would_be_loaded_as_another_is_not_exported(model, refused, tmp_path):
+    put(Scaled, model)
+    message = rf"model: layer '{NAME}' \(Scaled\) would be loaded as another: its class has a forward of its own"
+    refused(lambda: export(model, tmp_path / "model"), message)
+
+
+def test_zeros_that_no_mask_holds_are_told(model, dataset_factory, tokenizer, arguments, caplog):
+    """A pruned model that is pruned again to less."""
+    given = {"processing_class": tokenizer}
+    pruned = prune(model, CONFIG, dataset_factory(32), args=arguments(max_steps=4), **given).model
+    assert "zero already" not in caplog.text
+    less = SDPruneConfig(target_sparsity=0.3, pruning_steps=2, distillation=None)
+    prune(
+        pruned,
+        less,
+        dataset_factory(32),
+        args=arguments(max_steps=4, output_dir=f"{arguments().output_dir}-2"),
+        **given,
+    )
+    assert "% of the weights to be pruned are zero already, more than target_sparsity=0.3" in caplog.text

@@ -15,8 +15,8 @@ from sdprune.runs import workbench
 def foreign(csv_file, monkeypatch):
     """Give the task of the CSV file test rows in two languages, the second one with all labels wrong."""
 
-    def load(config, cache=None):
-        task = load_task(config, cache=cache)
+    def load(config, cache=None, **options):
+        task = load_task(config, cache=cache, **options)
         wrong = replace(task.test, labels=tuple(1 - label for label in task.test.labels))
         return replace(task, zero_shot={"fr": task.test, "xx": wrong})
 

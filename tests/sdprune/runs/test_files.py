@@ -101,7 +101,7 @@ def test_blocks_of_one_column_are_told_as_such(model_folder, csv_file, tmp_path,
     assert main([*command, *options]) == 0
     said = capsys.readouterr().out
     assert "The speed-up was measured on this machine with sparse or narrower layers" in said
-    assert "is noise" not in said
+    assert "noise" not in said
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "blocks of 32x1" in card
     assert "| 32x1 | 2 |" in card  # in those of 64 x 32: others of 32 rows have whole columns
@@ -172,3 +172,13 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(own_folder, csv_file, tmp
     plain = load_classifier(str(model), task, trust_remote_code=True).model
     torch.testing.assert_close(plain(**inputs).logits, logits[0])
     assert type(plain).__name__ == "OwnForSequenceClassification"
+
+
+def test_a_class_of_its_own_under_a_known_type_is_not_taken_for_another(own_folder, csv_file, capsys):
+    """Without its code, transformers would load the type's own class."""
+    values = json.loads((own_folder / "config.json").read_text())
+    values["model_type"] = "bert"
+    del values["auto_map"]["AutoConfig"]
+    (own_folder / "config.json").write_text(json.dumps(values))
+    assert main(["evaluate", str(own_folder), "--data", str(csv_file)]) == 2
+    assert "needs code of its own (modeling_own.OwnForSequenceClassification)" in capsys.readouterr().err
