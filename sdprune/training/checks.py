@@ -176,9 +176,7 @@ def _check_indicators(classes: int, labels: Iterable[Any], where: str) -> None:
 
 
 def labels_of(dataset: Any, row: Mapping[str, Any], name: str) -> Iterable[Any]:
-    """Return every label in a list of rows or, once each, in a table of `datasets`; of other data sets that of `row`."""
-    if isinstance(dataset, list | tuple):
-        return [each[name] for each in dataset if name in each]
+    """Return every label in a column of a table of `datasets`, once; of other data sets that of `row` alone."""
     if not hasattr(dataset, "select_columns") or name not in dataset.column_names:
         return [row[name]]
     column = dataset.select_columns(name).with_format("arrow")[:][name].combine_chunks()  # rows would take seconds

@@ -130,7 +130,8 @@ class SDPruneTrainer(Trainer):
         row = dataset[0]
         name = next((name for name in (*self.label_names, "label") if name in row), None)
         if name is not None:
-            labels = labels_of(dataset, row, name)
+            rows = isinstance(dataset, list | tuple)  # at hand; rows of others may have to be made
+            labels = [each[name] for each in dataset if name in each] if rows else labels_of(dataset, row, name)
             check_classes(cast(nn.Module, self.model), labels, f"train_dataset: column {name!r}")
         if name in self.label_names:
             return
