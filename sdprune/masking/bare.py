@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import nn
-from torch.jit import ScriptModule
 
 PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
@@ -22,13 +21,13 @@ def check_bare(model: Any, what: str = "model") -> None:
         ValueError: it, or a module in it, is wrapped by torch.compile or for parallel training; it is a scripted or
             traced program; or it is on the meta device.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{what} must be a torch.nn.Module, got {type(model).__name__}")
+    check_loaded(model, what)
     kinds = _class_names(model)
-    if isinstance(model, ScriptModule) or "GraphModule" in kinds:
+    program = next((kind for kind in ("ScriptModule", "GraphModule") if kind in kinds), None)
+    if program is not None:  # its own name is that of the module that it was made from
         raise ValueError(
-            f"{what} is a scripted or traced program ({type(model).__name__}), whose layers cannot be exchanged; pass "
-            "the module that it was made from"
+            f"{what} is a scripted or traced program ({program}), whose layers cannot be exchanged; pass the module "
+            "that it was made from"
         )
     for name, module in model.named_modules():
         inside = _inside(module)
@@ -43,6 +42,12 @@ def check_bare(model: Any, what: str = "model") -> None:
             f"{what}: its module {name!r} is wrapped ({type(module).__name__}); put the module itself there, "
             f"{what}.set_submodule({name!r}, {what}.get_submodule({name!r}).{inside}), or compile it in place"
         )
+
+
+def check_loaded(model: Any, what: str = "model") -> None:
+    """Raise TypeError if it is no module, ValueError if a parameter of it has no values; the parameter is named."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what} must be a torch.nn.Module, got {type(model).__name__}")
     empty = next((name for name, value in model.named_parameters() if value.is_meta), None)
     if empty is not None:
         raise ValueError(

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from sdp_kernels import BitMask, zero_
+from sdprune.masking.bare import check_loaded
 
 
 class FrozenSparsity:
@@ -103,11 +104,12 @@ def freeze_sparsity(model: nn.Module, *, exclude_modules: str | Sequence[str] | 
     `torch.optim` optimizer, whatever its momentum or weight decay. Nothing about the model changes: parameters,
     names, modules and `state_dict` stay as they are; averages of its weights (EMA, SWA) keep the zeros too.
 
-    Held are the parameters with zeros that have two or more dimensions, but for embeddings. Under DDP call it before
-    or after wrapping. With PEFT's LoRA call it after `get_peft_model`: the low-rank update then leaves pruned
-    weights out, in training as in merging, so that `merge_and_unload` gives a model with the same zeros and outputs
-    (the part of an update that falls on pruned weights is computed and subtracted, without the LoRA dropout: one
-    more dense product a layer).
+    Held are the parameters with zeros that have two or more dimensions, but for embeddings; of a weight that is
+    computed from others (weight_norm, torch.nn.utils.prune) the one that it is computed from. Under DDP or
+    torch.compile call it before or after wrapping. With PEFT's LoRA call it after `get_peft_model`: the low-rank
+    update then leaves pruned weights out, in training as in merging, so that `merge_and_unload` gives a model with
+    the same zeros and outputs (the part of an update that falls on pruned weights is computed and subtracted,
+    without the LoRA dropout: one more dense product a layer).
 
     Args:
         model: any module whose pruned weights are exact zeros.
@@ -118,9 +120,11 @@ def freeze_sparsity(model: nn.Module, *, exclude_modules: str | Sequence[str] | 
         A handle; it need not be kept.
 
     Raises:
-        ValueError: no weight matrix has a zero, a pattern matches no module, a weight is sharded or not contiguous,
-            or an adapter on a pruned layer is no plain LoRA.
+        ValueError: no weight matrix has a zero, a pattern matches no module, a weight is sharded, not contiguous or
+            without values, or an adapter on a pruned layer is no plain LoRA.
+        TypeError: the model is no module.
     """
+    check_loaded(model)
     patterns = (exclude_modules,) if isinstance(exclude_modules, str) else tuple(exclude_modules or ())
     excluded = _excluded(model, patterns)
     parameters: dict[str, nn.Parameter] = {}
@@ -132,7 +136,10 @@ def freeze_sparsity(model: nn.Module, *, exclude_modules: str | Sequence[str] | 
             raise ValueError(f"freeze_sparsity cannot hold the zeros of {name!r}: the parameter is {reason}")
         parameters[name] = value
     if not parameters:
-        raise ValueError("the model has no weight matrix with exact zeros to keep; prune it first")
+        raise ValueError(
+            "the model has no weight matrix with exact zeros to keep; prune it first (zeros of torch.nn.utils.prune "
+            "stand in the weights after its prune.remove)"
+        )
     return FrozenSparsity(model, parameters)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from sdp_kernels import BitMask, zero_
 from sdprune.config import SDPruneConfig
+from sdprune.masking.bare import check_bare
 from sdprune.masking.layers import MaskedConv1D, MaskedLinear
 from sdprune.masking.linears import not_trainable
 from sdprune.masking.partition import Partition
@@ -33,6 +34,7 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
             model is pruned already under masks of other blocks. The model stays as it is.
         TypeError: the model is no module.
     """
+    check_bare(model)
     if masked_layers(model) and masked_fraction(model) == 0.0:
         unswap(model)  # masks that prune nothing, such as those of a run that was refused
     partition = Partition.of(model, select_linears(model, config), config)
