@@ -195,6 +195,10 @@ def add_hooks(layer, seen):
         layer.register_full_backward_hook(lambda *_: seen.append("backward")),
         layer.register_state_dict_pre_hook(lambda *_: seen.append("state")),
         layer.register_load_state_dict_post_hook(lambda *_: seen.append("loaded")),
+        layer.register_full_backward_pre_hook(lambda *_: seen.append("before backward")),
+        layer.register_state_dict_post_hook(lambda *_: seen.append("state made")),
+        # torch binds this one to the very module
+        layer.register_load_state_dict_pre_hook(lambda module, *_: seen.append(f"load {hasattr(module, 'mask')}")),
     ]
 
 
@@ -214,13 +218,18 @@ def test_hooks_stay_with_their_layer(model, batch):
     seen = []
     handles = add_hooks(model.get_submodule(NAME), seen)
     logits, called = used(model, batch, seen)
-    assert len(called) == 7
+    assert len(called) == 10
+    assert "load False" in called
+    masked = sorted({"load False": "load True"}.get(name, name) for name in called)
     assert not torch.equal(logits, plain)
     mask_model(model, CONFIG)
-    for _ in range(2):
+    for expected in (masked, called):
         found, again = used(model, batch, seen)
         assert torch.equal(found, logits)
-        assert again == called
+        assert again == expected
+        copied, again = used(copy.deepcopy(model), batch, seen)
+        assert torch.equal(copied, logits)
+        assert again == expected
         unswap(model)
     mask_model(model, CONFIG)
     for handle in handles:
