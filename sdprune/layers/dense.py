@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.masking.layers import MaskedConv1D, MaskedLinear
-from sdprune.masking.linears import is_conv1d, is_linear, matrix, more_than_linear
+from sdprune.masking.linears import is_conv1d, matrix, more_than_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,7 +18,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     if type(module) in (MaskedLinear, MaskedConv1D):
         return True
     plain = type(module) is nn.Linear or (is_conv1d(module) and type(module).__name__ == "Conv1D")
-    return plain and is_linear(module) and more_than_linear(module) is None
+    return plain and more_than_linear(module) is None
 
 
 def dense_names(model: nn.Module) -> list[str]:
