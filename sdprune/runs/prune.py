@@ -14,7 +14,7 @@ from sdprune.masking.pruner import Sparsity, measure_sparsity
 from sdprune.masking.swap import masked_layers, unswap
 from sdprune.training.callback import SDPruneCallback
 from sdprune.training.checkpoint import MarkComplete, no_empty_folder, remove_incomplete
-from sdprune.training.checks import has_rows
+from sdprune.training.checks import check_config, has_rows
 from sdprune.training.diagnostics import Diagnostics
 from sdprune.training.folder import RunFolder, claim
 from sdprune.training.origin import run_origin
@@ -80,15 +80,15 @@ def prune(
         ValueError: the configuration does not fit the model or the training, a layer or the model is more than it can
             mask (the message says what to do), `output_dir` holds another run, or the arguments ask for what cannot be
             done right, such as resuming with a stream of rows.
-        TypeError: a model is no module.
+        TypeError: a model is no module, `config` no configuration, or the rows are none.
         TrainingInterrupted: Ctrl-C; the step was finished and a checkpoint saved.
     """
+    check_config(config)
     args = args or TrainingArguments(output_dir="sdprune_output", seed=config.seed, report_to="none")
     callbacks = list(callbacks or ())
     _check(model, teacher_model, args, train_dataset, callbacks)
-    directory = Path(str(args.output_dir))
     bar, interrupt = ProgressBar("pruning" if config.target_sparsity else "training"), FinishStepOnInterrupt()
-    origin = run_origin(model, teacher_model, train_dataset, args)
+    directory, origin = Path(str(args.output_dir)), run_origin(model, teacher_model, train_dataset, args)
     resume = claim(directory, config, origin, args)
     watchers = [MarkComplete({"config": config.to_dict()} | origin), RunFolder(directory, config, origin), interrupt]
     with no_empty_folder(directory):

@@ -21,7 +21,7 @@ from sdprune.masking.schedule import (
 )
 from sdprune.masking.swap import masked_layers
 from sdprune.methods.criteria import CRITERIA
-from sdprune.training.checks import check_trainable
+from sdprune.training.checks import check_config, check_trainable
 from sdprune.training.origin import differences
 
 STATE_NAME, BEGUN_NAME = "SDPruneConfig", "SDPruneBegunAt"  # in trainer_state.json
@@ -50,9 +50,11 @@ class SDPruneCallback(TrainerCallback):
             steps than the training has room for, `load_best_model_at_end` (it would pick a model from before the
             target), a model whose masks prune further than the target already, or a checkpoint of another configuration
             or with other masks.
+        TypeError: `config` is no configuration.
     """
 
     def __init__(self, config: SDPruneConfig) -> None:
+        check_config(config)
         self.config = config
         self._partition: Partition | None = None
         self._model: Callable[[], nn.Module | None] = lambda: None  # whose partition it is

@@ -23,6 +23,12 @@ def has_rows(dataset: Any) -> bool:
     return known and not isinstance(dataset, IterableDataset)  # torch's inherits __getitem__ all the same
 
 
+def check_config(config: Any) -> None:
+    """Raise TypeError if it is no `SDPruneConfig`."""
+    if not isinstance(config, SDPruneConfig):
+        raise TypeError(f"config must be an SDPruneConfig, got {config!r:.80}")
+
+
 def check_trainable(model: nn.Module, config: SDPruneConfig | None = None) -> None:
     """Raise ValueError if nothing of a model trains; say in the log which pruned layers do not.
 

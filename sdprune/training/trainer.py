@@ -30,6 +30,7 @@ from sdprune.masking.pruner import masked_fraction
 from sdprune.masking.schedule import lr_factor
 from sdprune.training.checks import (
     check_classes,
+    check_config,
     check_labels,
     check_objectives,
     check_teacher,
@@ -73,12 +74,14 @@ class SDPruneTrainer(Trainer):
         ValueError: a model is wrapped, no teacher is given and the model is pruned already, the teacher is the model
             itself or has another vocabulary, other classes or another width, an objective does not fit the model, the
             data have no labels for the task loss, or one process sees several GPUs.
+        TypeError: `config` is no configuration.
         FloatingPointError: while training, when a part of the loss is not finite; the part is named.
     """
 
     def __init__(
         self, *args: Any, config: SDPruneConfig, teacher_model: nn.Module | None = None, **kwargs: Any
     ) -> None:
+        check_config(config)
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(

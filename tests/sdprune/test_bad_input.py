@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from sdprune import SDPruneConfig, prune
+from sdprune import SDPruneCallback, SDPruneConfig, SDPruneTrainer, prune
 from sdprune.cli import main
 from sdprune.data.examples import EncodedExamples
 from sdprune.recipe import DataConfig
@@ -229,6 +229,22 @@ def test_what_is_no_data_set(rows, message, model_factory, dataset_factory, toke
     with pytest.raises((ValueError, TypeError), match=message) as raised:
         prune(model_factory(), SDPruneConfig(**PRUNING), given, args=arguments(**FAST), processing_class=tokenizer)
     assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", [None, PRUNING, SDPruneConfig], ids=str)
+def test_what_is_no_configuration(config, model_factory, dataset_factory, arguments, tmp_path):
+    rows, args = dataset_factory(24), arguments(**FAST)
+    uses = (
+        lambda: prune(model_factory(), config, rows),  # without arguments, whose seed is the configuration's
+        lambda: prune(model_factory(), config, rows, args=args),
+        lambda: SDPruneCallback(config),
+        lambda: SDPruneTrainer(model_factory(), args, config=config, train_dataset=rows),
+    )
+    for use in uses:
+        with pytest.raises(TypeError, match="config must be an SDPruneConfig, got") as raised:
+            use()
+        assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
