@@ -140,20 +140,21 @@ def _check(
     check_bare(model)
     if teacher_model is not None:
         check_bare(teacher_model, "teacher_model")
-    if train_dataset is None or (has_rows(train_dataset) and not len(train_dataset)):
+    by_number = has_rows(train_dataset)
+    if train_dataset is None or (by_number and not len(train_dataset)):
         raise ValueError(f"train_dataset must have at least one row, got {train_dataset!r:.80}")
-    if not has_rows(train_dataset) and not hasattr(train_dataset, "__iter__"):
+    if not by_number and not hasattr(train_dataset, "__iter__"):
         raise TypeError(f"train_dataset must have rows by number, or be a stream of them, got {train_dataset!r:.80}")
     if isinstance(train_dataset, Iterator):
         raise TypeError(
             f"train_dataset must be read more than once, got {type(train_dataset).__name__}; make it a list, or a "
             "torch.utils.data.IterableDataset"
         )
-    if not has_rows(train_dataset) and args.max_steps <= 0:
+    if not by_number and args.max_steps <= 0:
         raise ValueError(
             f"max_steps must be positive where train_dataset is a stream, of unknown length, got {args.max_steps}"
         )
-    if args.resume_from_checkpoint and not has_rows(train_dataset):
+    if args.resume_from_checkpoint and not by_number:
         raise ValueError(
             f"resume_from_checkpoint={args.resume_from_checkpoint!r} needs a train_dataset with a length and rows by "
             f"number: whether the stream {type(train_dataset).__name__} gives the same rows again is not known"
