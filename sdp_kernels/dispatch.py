@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sdp_kernels.checks import check_choice
 
@@ -157,6 +158,22 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def without_autocast(tensor: Tensor) -> torch.autocast:
     """A context in which autocast leaves the dtypes of this tensor's device alone."""
     return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def runs_alone(*tensors: Tensor) -> bool:
+    """Whether an operator's function may be called directly: with little work, the operator's way to it takes as long.
+
+    Who records operators or runs something else in their place must see one: functions write through numpy and Triton.
+    """
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if tracing or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return all(type(tensor) in PLAIN and not tensor.is_meta for tensor in tensors)
 
 
 def capability_of(device: torch.device) -> int:

@@ -79,6 +79,8 @@ def edge_passed(weight: BlockSparseMatrix, tokens: int, dtype: torch.dtype, back
     for any number of tokens keeps the blocks, and so does one compiled for a CPU: while a graph is traced nobody can
     ask which instructions and packages there are.
     """
+    if weight.scales is not None:
+        return None  # a dense product of integers is none of torch's
     if torch.compiler.is_exporting() or (backend == "cpu" and torch.compiler.is_compiling()):
         return None
     edges, height, density = BREAK_EVEN[_path(dtype, backend)], weight.block_shape[0], weight.density

@@ -14,14 +14,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sdp_kernels import cpu_engine
 from sdp_kernels.block_sparse_linear.break_even import edge_passed
+from sdp_kernels.block_sparse_linear.int8 import int8_linear
 from sdp_kernels.block_sparse_linear.matrix import BlockSparseMatrix
 from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS, block_sparse_linear_reference
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from sdp_kernels.dispatch import OFFERS, PLAIN, autocast_dtype, choose_backend, without_autocast
+from sdp_kernels.dispatch import (
+    OFFERS,
+    autocast_dtype,
+    choose_backend,
+    needs_gradient,
+    runs_alone,
+    without_autocast,
+)
 from sdp_kernels.masks import Walk
 from sdp_kernels.tiles.launch import KERNEL_SIDES
 
@@ -40,12 +47,18 @@ def block_sparse_linear(
     values of the weight and the bias. On a CPU the compiled engine needs numba (the extra `cpu`); without it
     the products are dense ones in torch, one for each row of blocks.
 
+    With an int8 weight each token of the input is quantized to 8 bits, asymmetric (`quantize_tokens` in reference.py,
+    where the product is defined); sums are exact integers of 32 bits, the same on every CPU, and scaled back in
+    float32. The gradient of the input is that of the product with the dequantized weight, as if nothing were rounded;
+    the values get none. A token with values that are not finite becomes NaN.
+
     Where so many blocks are kept that a dense product is estimated to be faster (`reasons_for_dense` in
     break_even.py says when and why), a dense weight is made from the blocks, multiplied with and thrown away.
 
     Args:
         input: (..., in), float32, float16, bfloat16 or float64, with any number of tokens, also none.
-        weight: (out, in), with values of the input's dtype unless autocast converts both, as for `F.linear`.
+        weight: (out, in), with values of the input's dtype unless autocast converts both, as for `F.linear`; or
+            int8 (`BlockSparseMatrix.quantize`).
         bias: (out,) of the same dtype, or None.
         activation: applied to the result; "gelu" is the exact one (`F.gelu`), "gelu_tanh" its tanh approximation
             (https://arxiv.org/abs/1606.08415), "silu" is x * sigmoid(x).
@@ -69,8 +82,8 @@ def block_sparse_linear(
     check_choice("activation", activation, tuple(ACTIVATIONS))
     check_choice("path", path, ("auto", "sparse", "dense"))
     _check_tensors(input, weight, bias)
-    input, values, bias = _in_one_dtype(input, weight.values, bias)
-    backend = choose_backend("block_sparse_linear", (input, values), OFFERS, _against_triton(weight.block_shape))
+    input, values, bias = _in_one_dtype(input, weight, bias)
+    backend = choose_backend("block_sparse_linear", (input, values), OFFERS, _against_triton(weight))
     tokens = math.prod(input.shape[:-1])
     if (
         backend == "reference"
@@ -80,6 +93,8 @@ def block_sparse_linear(
         matrix = replace(weight, values=values)
         with without_autocast(input):
             return block_sparse_linear_reference(input, matrix, bias, activation=activation)
+    if weight.scales is not None:
+        return int8_linear(input, weight, bias, activation)
     return _sparse_product(input, values, bias, weight, activation, backend)
 
 
@@ -88,16 +103,9 @@ def _sparse_product(
 ) -> Tensor:
     """By the operator, or by its function where nothing watches; `values` take the place of those of the weight."""
     # The backward of an activation needs what came into it, which a fused one does not keep.
-    trains = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (input, values, bias) if tensor is not None
-    )
-    # With few tokens the operator's way to the function takes as long as the function. But who records operators or
-    # runs something else in their place must see one: the function writes through numpy and Triton.
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    watched = tracing or torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or input.is_meta
-    plain = not trains and not watched and type(input) in PLAIN and type(values) in PLAIN
+    trains = needs_gradient(input, values, bias)
     lists = weight.lists
-    output: Tensor = (_compute if plain else _block_sparse_linear)(
+    output: Tensor = (_compute if not trains and runs_alone(input, values) else _block_sparse_linear)(
         input.reshape(-1, weight.shape[1]),
         values,
         bias,
@@ -117,20 +125,25 @@ def _sparse_product(
     return ACTIVATIONS[activation](output) if trains else output
 
 
-def _in_one_dtype(input: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Converted as autocast says, or as they are if they agree."""
-    dtype = autocast_dtype(input)
+def _in_one_dtype(
+    input: Tensor, weight: BlockSparseMatrix, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, values and bias, converted as autocast says, or as they are if they agree; int8 values always are."""
+    dtype, values = autocast_dtype(input), weight.values
     if dtype is not None:
-        input, values = input.to(dtype), values.to(dtype)
+        input, values = input.to(dtype), values if weight.scales is not None else values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     for name, tensor in (("weight", values), ("bias", bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
+        if tensor is not None and tensor.dtype not in (input.dtype, torch.int8):
             raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
     return input, values, bias
 
 
-def _against_triton(block_shape: tuple[int, int]) -> list[str]:
-    return [f"a block side of {side} is none of {KERNEL_SIDES}" for side in block_shape if side not in KERNEL_SIDES]
+def _against_triton(weight: BlockSparseMatrix) -> list[str]:
+    if weight.scales is not None:
+        return ["the values are int8"]
+    sides = weight.block_shape
+    return [f"a block side of {side} is none of {KERNEL_SIDES}" for side in sides if side not in KERNEL_SIDES]
 
 
 def _check_tensors(input: Tensor, weight: BlockSparseMatrix, bias: Tensor | None) -> None:

@@ -5,24 +5,28 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 DENSE, NARROW, BLOCK, UNSTRUCTURED = "dense", "narrow", "block", "unstructured"
+INT8 = "int8"
 BLOCK_SHAPES = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 32), (128, 128))
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form; `str(form)` is its name and `Form.named` reads it back.
+    """A form; `str(form)` is its name, such as "32x4" or "32x4-int8", and `Form.named` reads it back.
 
     Args:
         structure: "dense"; "narrow", without empty rows and columns; "block", the kept blocks; or "unstructured", the
             kept values under a bit mask.
         block_shape: (out, in) of one block; None for other structures.
+        precision: "int8" where the values are int8 with a scale for each output row; None: as the model has them.
     """
 
     structure: str
     block_shape: tuple[int, int] | None = None
+    precision: str | None = None
 
     def __str__(self) -> str:
-        return self.structure if self.block_shape is None else f"{self.block_shape[0]}x{self.block_shape[1]}"
+        name = self.structure if self.block_shape is None else f"{self.block_shape[0]}x{self.block_shape[1]}"
+        return name if self.precision is None else f"{name}-{self.precision}"
 
     @classmethod
     def blocks(cls, block_shape: Any, name: str = "block_shape") -> Self:
@@ -43,9 +47,13 @@ class Form:
         Raises:
             ValueError: there is no such form.
         """
-        if name in (DENSE, NARROW, UNSTRUCTURED):
-            return cls(name)
-        sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+        structure, precision = (name.removesuffix(f"-{INT8}"), INT8) if name.endswith(f"-{INT8}") else (name, None)
+        if structure in (DENSE, NARROW) or name == UNSTRUCTURED:
+            return cls(structure, precision=precision)
+        sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", structure)
         if sides is None:
-            raise ValueError(f"choice must be 'dense', 'narrow' or a block shape such as '32x32', got {name!r}")
-        return cls(BLOCK, (int(sides[1]), int(sides[2])))
+            raise ValueError(
+                f"choice must be 'dense', 'narrow' or a block shape such as '32x32', or one of these "
+                f"with '-{INT8}' behind it, got {name!r}"
+            )
+        return cls(BLOCK, (int(sides[1]), int(sides[2])), precision)

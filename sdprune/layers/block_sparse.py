@@ -15,7 +15,7 @@ from sdprune.masking.layers import MaskedLinear
 from sdprune.masking.linears import is_conv1d, matrix
 
 _LISTS = tuple(field.name for field in fields(BlockLists))
-_STORED = ("values", "crow_indices", "col_indices")
+_STORED = ("values", "crow_indices", "col_indices", "scales")
 
 
 class BlockSparseLinear(PrunedLinear):
@@ -28,7 +28,10 @@ class BlockSparseLinear(PrunedLinear):
     Where so many blocks are kept that a dense product of the same tokens is estimated to be faster, a call makes the
     dense weight, multiplies with it and throws it away (sdp_kernels/block_sparse_linear/break_even.py).
 
-    The state dict holds three plain tensors and the bias. A layer that is built from its sizes loads it with
+    `quantize` returns the same layer with int8 values, whose products are those of integers (`sdp_kernels.BlockSparseMatrix
+    .quantize`); it does not train, but gradients pass through it to its input and its bias.
+
+    The state dict holds three plain tensors, the scales of int8 values, and the bias. A layer that is built from its sizes loads it with
     `strict=True`; indices that do not fit are refused before anything is copied.
 
     Args:
@@ -39,11 +42,13 @@ class BlockSparseLinear(PrunedLinear):
         bias: whether there is an additive bias.
         device: where the tensors live.
         dtype: float type of values and bias.
+        quantized: whether the values are int8, with scales of 1 to begin with.
 
     Attributes:
         values: (blocks, out, in of a block), the kept blocks, row of blocks by row of blocks.
         crow_indices: int32, where each row of blocks begins in `values`, and at the end their number.
         col_indices: (blocks,) int32, the block column of each block.
+        scales: (out_features,) float32 in every dtype of the model, of int8 values; otherwise None.
         bias: (out_features,) or None.
 
     Raises:
@@ -53,6 +58,7 @@ class BlockSparseLinear(PrunedLinear):
     values: Tensor
     crow_indices: Tensor
     col_indices: Tensor
+    scales: Tensor | None
     units = "blocks"
 
     def __init__(
@@ -65,6 +71,7 @@ class BlockSparseLinear(PrunedLinear):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        quantized: bool = False,
     ) -> None:
         super().__init__()
         self.transposed, self.shape = False, (out_features, in_features)
@@ -73,15 +80,18 @@ class BlockSparseLinear(PrunedLinear):
         rows, columns = -(-out_features // self.block_shape[0]), -(-in_features // self.block_shape[1])
         if not 0 <= blocks <= rows * columns:
             raise ValueError(f"blocks must be from 0 to {rows * columns}, the blocks of the weight, got {blocks}")
-        values = torch.zeros(blocks, *self.block_shape, device=device, dtype=dtype)
-        self.values = nn.Parameter(values)
+        values = torch.zeros(blocks, *self.block_shape, device=device, dtype=torch.int8 if quantized else dtype)
+        self.values = nn.Parameter(values, requires_grad=not quantized)
+        scales = torch.ones(out_features, device=device, dtype=torch.float32) if quantized else None
+        self.register_buffer("scales", scales)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         # On the CPU even where the default device is "meta": what is derived from the indices must be real.
         crow = (torch.arange(rows + 1, dtype=torch.int32, device="cpu") * columns).clamp_max(blocks)
         col = torch.arange(blocks, dtype=torch.int32, device="cpu") % columns
         self.register_buffer("crow_indices", crow.to(values.device))
         self.register_buffer("col_indices", col.to(values.device))
-        self._set_lists(BlockLists.from_indices(crow, col, columns).to(values.device))
+        lists = BlockLists.none(values.device) if quantized else BlockLists.from_indices(crow, col, columns)
+        self._set_lists(lists.to(values.device))
 
     @classmethod
     def from_linear(cls, linear: nn.Module, block_shape: tuple[int, int], mask: Tensor | BitMask | None = None) -> Self:
@@ -107,22 +117,48 @@ class BlockSparseLinear(PrunedLinear):
     def from_matrix(cls, matrix: BlockSparseMatrix, bias: nn.Parameter | None, *, requires_grad: bool = True) -> Self:
         """Return a layer around the tensors of a matrix and a bias, (out_features,) or None."""
         out_features, in_features = matrix.shape
-        layer = cls(in_features, out_features, matrix.block_shape, len(matrix.values), False, device="meta")
-        layer.values, layer.bias = nn.Parameter(matrix.values, requires_grad=requires_grad), bias
-        layer.crow_indices, layer.col_indices = matrix.crow_indices, matrix.col_indices
+        layer = cls(
+            in_features,
+            out_features,
+            matrix.block_shape,
+            len(matrix.values),
+            False,
+            device="meta",
+            quantized=matrix.scales is not None,
+        )
+        trains = requires_grad and matrix.scales is None
+        layer.values, layer.bias = nn.Parameter(matrix.values, requires_grad=trains), bias
+        layer.crow_indices, layer.col_indices, layer.scales = matrix.crow_indices, matrix.col_indices, matrix.scales
         layer._set_lists(matrix.lists)
         return layer
 
+    def quantize(self) -> Self:
+        """Return a layer with the same weight in int8, its bias shared; see `BlockSparseMatrix.quantize`.
+
+        Raises:
+            ValueError: values that are not finite, or are int8 already.
+        """
+        layer = type(self).from_matrix(self.matrix.quantize(), self.bias)
+        layer.transposed = self.transposed
+        return layer.train(self.training)
+
     def dense_weight(self) -> Tensor:
-        """Return the weight (out, in) with its zeros, detached."""
+        """Return the weight (out, in) with its zeros, detached; float32 of int8 values."""
         return self.matrix.to_dense().detach().contiguous()
 
     def part_of(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor] | None:
         """Return what the state of this layer holds of a dense weight (out, in); None if it has other empty blocks."""
         matrix = BlockSparseMatrix.from_dense(weight, self.block_shape)
-        part = {name: getattr(matrix, name) for name in _STORED}
-        same = all(torch.equal(part[name], getattr(self, name).to(part[name].device)) for name in _STORED[1:])
+        if self.scales is not None:
+            matrix = matrix.quantize()
+        part = {name: getattr(matrix, name) for name in self._stored}
+        same = all(torch.equal(part[name], getattr(self, name).to(part[name].device)) for name in _STORED[1:3])
         return part if same else None
+
+    @property
+    def _stored(self) -> tuple[str, ...]:
+        """Names of the stored tensors: without scales where there are none."""
+        return _STORED if self.scales is not None else _STORED[:3]
 
     @property
     def weight(self) -> Tensor:
@@ -134,7 +170,8 @@ class BlockSparseLinear(PrunedLinear):
         """The weight, around the tensors of this layer."""
         # prepared, so that nothing is checked again
         lists = BlockLists(*(getattr(self, f"_{name}") for name in _LISTS))
-        return BlockSparseMatrix(self.values, self.crow_indices, self.col_indices, self.shape, self.block_shape, lists)
+        indices = self.crow_indices, self.col_indices
+        return BlockSparseMatrix(self.values, *indices, self.shape, self.block_shape, lists, self.scales)
 
     @property
     def density(self) -> float:
@@ -149,7 +186,8 @@ class BlockSparseLinear(PrunedLinear):
         Raises:
             ValueError: indices that are out of range or not sorted.
         """
-        checked = BlockSparseMatrix(self.values, self.crow_indices, self.col_indices, self.shape, self.block_shape)
+        indices = self.crow_indices, self.col_indices
+        checked = BlockSparseMatrix(self.values, *indices, self.shape, self.block_shape, scales=self.scales)
         self._set_lists(checked.lists)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -161,7 +199,16 @@ class BlockSparseLinear(PrunedLinear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"block_shape={self.block_shape}, density={self.density:.4f}"
+            f"{'' if self.scales is None else ', int8'}"
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Keep the scales in float32: other dtypes would round every weight of a row by the same error."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
 
     def _set_lists(self, lists: BlockLists) -> None:
         for name in _LISTS:  # they follow the module to its device, but are not saved
@@ -170,7 +217,7 @@ class BlockSparseLinear(PrunedLinear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Check first: half-loaded indices would let a product read outside of its tensors."""
         error_msgs: list[str] = args[-1]
-        found = {name: state_dict.get(prefix + name, getattr(self, name)) for name in _STORED}
+        found = {name: state_dict.get(prefix + name, getattr(self, name)) for name in self._stored}
         lists = None
         for name, tensor in found.items():
             if tensor.shape != getattr(self, name).shape:
@@ -179,9 +226,11 @@ class BlockSparseLinear(PrunedLinear):
                 return
         if not any(tensor.is_meta for tensor in found.values()):
             device = found["values"].device
-            values, crow, col = (tensor.to(device) for tensor in found.values())
+            values, crow, col, *scales = (tensor.to(device) for tensor in found.values())
             try:
-                lists = BlockSparseMatrix(values, crow, col, self.shape, self.block_shape).lists
+                lists = BlockSparseMatrix(
+                    values, crow, col, self.shape, self.block_shape, scales=scales[0] if scales else None
+                ).lists
             except ValueError as error:
                 error_msgs.append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
                 return
