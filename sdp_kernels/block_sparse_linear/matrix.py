@@ -213,7 +213,7 @@ class BlockSparseMatrix:
         if width < 1 or old % width:
             raise ValueError(f"width must divide that of the blocks, {old}, got {width}")
         parts = old // width
-        values = self.values.unflatten(2, (parts, width)).transpose(1, 2).flatten(0, 1).contiguous()
+        values = self.values.view(-1, height, parts, width).transpose(1, 2).reshape(-1, height, width)
         columns = self.col_indices[:, None] * parts + torch.arange(parts, dtype=torch.int32, device=values.device)
         inside = columns.flatten() < -(-self.shape[1] // width)  # blocks at the edge may stick out by whole parts
         rows = self.block_rows.repeat_interleave(parts)[inside]

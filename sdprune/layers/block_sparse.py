@@ -28,11 +28,11 @@ class BlockSparseLinear(PrunedLinear):
     Where so many blocks are kept that a dense product of the same tokens is estimated to be faster, a call makes the
     dense weight, multiplies with it and throws it away (sdp_kernels/block_sparse_linear/break_even.py).
 
-    `quantize` returns the same layer with int8 values, whose products are those of integers (`sdp_kernels.BlockSparseMatrix
-    .quantize`); it does not train, but gradients pass through it to its input and its bias.
+    `quantize` returns the same layer with int8 values, whose products are those of integers; it does not train, but
+    gradients pass through it to its input and its bias.
 
-    The state dict holds three plain tensors, the scales of int8 values, and the bias. A layer that is built from its sizes loads it with
-    `strict=True`; indices that do not fit are refused before anything is copied.
+    The state dict holds three plain tensors, the scales of int8 values, and the bias. A layer that is built from its
+    sizes loads it with `strict=True`; indices that do not fit are refused before anything is copied.
 
     Args:
         in_features: size of an input row.
@@ -205,7 +205,7 @@ class BlockSparseLinear(PrunedLinear):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Keep the scales in float32: other dtypes would round every weight of a row by the same error."""
         scales = self.scales
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
         return self
