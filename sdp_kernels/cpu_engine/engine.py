@@ -27,14 +27,11 @@ from sdp_kernels.cpu_engine.register_tile import (
     transpose_square,
 )
 from sdp_kernels.cpu_engine.threads import compiled, lock, run_on_threads
+from sdp_kernels.cpu_engine.token import quantize_token
 
 ITEMS_PER_THREAD = 8  # so that no thread waits long for another
 TILES_BYTES = 2**18  # of the tiles that the rows of blocks pass by together: they stay in the second cache
 MOST_TILES = 16
-SMALLEST_SPAN = 2.0**-100  # as in the definition, see `quantize_tokens`
-ROUNDED = np.float32(1.5 * 2**23)  # to add and take away: what is left of a small number is rounded, halves to even
-SORTED = np.int32(0x7FFFFFFF)  # flips a negative float so that the integers of all floats are in their order
-INFINITE = np.int32(0x7F800000)  # the integer of infinity; NaN lies above
 
 
 @compiled()
@@ -50,36 +47,6 @@ def _fill_tile(input, count, tile):
     for t in range(count):
         for k in range(squares, in_features):
             tile[k, t] = input[t, k]
-
-
-@compiled()
-def _quantize_token(token, bytes, term):
-    """One token in 8 bits, and its zero, as the bits of an integer, and scale; see `quantize_tokens`.
-
-    Bytes beyond the last input are the zero: whatever weight meets them counts for nothing.
-    """
-    bits = token.view(np.int32)
-    least = largest = np.int32(0)
-    for k in range(len(bits)):
-        ordered = bits[k] ^ ((bits[k] >> np.int32(31)) & SORTED)
-        least, largest = min(least, ordered), max(largest, ordered)
-    zero = np.int32(0)
-    if largest >= INFINITE or least <= ~INFINITE:
-        term[1] = np.nan
-        bytes[:] = 0
-    else:
-        ends = np.empty(2, np.float32)
-        ends.view(np.int32)[0], ends.view(np.int32)[1] = least ^ ((least >> np.int32(31)) & SORTED), largest
-        span = max(ends[1] - ends[0], np.float32(SMALLEST_SPAN))
-        inverse = np.float32(255) / span
-        zeros = (-ends[0] * inverse + ROUNDED) - ROUNDED
-        for k in range(len(token)):
-            integer = ((token[k] * inverse + ROUNDED) - ROUNDED) + zeros
-            bytes[k] = np.uint8(min(max(integer, np.float32(0)), np.float32(255)))
-        zero = np.int32(zeros)
-        bytes[len(token) :] = np.uint8(zero)
-        term[1] = span / np.float32(255) if np.isfinite(span) else np.float32(np.nan)
-    term.view(np.int32)[0] = zero
 
 
 @compiled()
@@ -100,7 +67,7 @@ def _fill_tiles(kind, input, count, tiles, bytes, terms):
         here = min(TILE, count - start)
         if kind == INT8:
             for t in range(here):
-                _quantize_token(input[start + t], bytes[t], terms[start + t])
+                quantize_token(input[start + t], bytes[t], terms[start + t])
             _fill_tile(bytes.view(np.float32), here, tiles[tile])
         else:
             _fill_tile(input[start:], here, tiles[tile])

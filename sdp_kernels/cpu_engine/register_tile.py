@@ -22,7 +22,8 @@ from numba.extending import intrinsic
 
 from sdp_kernels.cpu_engine.threads import compiled
 
-FLOAT, INDEX, LANE, SHORT = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16)
+FLOAT, INDEX = ir.FloatType(), ir.IntType(64)
+LANE, SHORT, BYTE = ir.IntType(32), ir.IntType(16), ir.IntType(8)
 FLOAT32, BFLOAT16, INT8 = range(3)  # what a word holds
 PIECES = (1, 2, 4)  # of them
 
@@ -67,7 +68,7 @@ TILE_ROWS = -(-TILE // LANES) * LANES  # so that whole squares can be transposed
 VECTOR, INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(LANE, LANES)
 
 
-def _array(context, builder, signature, args, position):
+def array_of(context, builder, signature, args, position):
     """The record of an array argument: data, strides, shape."""
     return context.make_array(signature.args[position])(context, builder, args[position])
 
@@ -77,7 +78,7 @@ def _strides(builder, array):
     return [builder.sdiv(stride, INDEX(4)) for stride in cgutils.unpack_tuple(builder, array.strides)]
 
 
-def _vector_at(builder, pointer, *offsets):
+def vector_at(builder, pointer, *offsets):
     offset = functools.reduce(builder.add, offsets)
     return builder.bitcast(builder.gep(pointer, [offset]), VECTOR.as_pointer())
 
@@ -101,7 +102,7 @@ def _tile_product(tokens: int):
         )
 
         def generate(context, builder, signature, args):
-            arrays = [_array(context, builder, signature, args, i) for i in (2, 3, 5, 7, 8, 9)]
+            arrays = [array_of(context, builder, signature, args, i) for i in (2, 3, 5, 7, 8, 9)]
             for known in KINDS:
                 for count in (1, 2):
                     fits = (builder.icmp_signed("==", args[i], INDEX(n)) for i, n in enumerate((known, count)))
@@ -121,7 +122,7 @@ def _emit_product(builder, kind, vectors, tokens, height, width, tile, packed, c
     # LLVM turns these into registers.
     sums = [[cgutils.alloca_once(builder, number) for _ in range(vectors)] for _ in range(tokens)]
     for v in range(vectors):
-        place = _vector_at(builder, rows.data, INDEX(v * LANES))
+        place = vector_at(builder, rows.data, INDEX(v * LANES))
         start = ir.Constant(number, None) if kind == INT8 else builder.load(place, align=4)
         for t in range(tokens):
             builder.store(start, sums[t][v])
@@ -133,49 +134,49 @@ def _emit_product(builder, kind, vectors, tokens, height, width, tile, packed, c
         begin = builder.mul(block_loop.index, builder.mul(width, height))
         with cgutils.for_range(builder, width) as loop:
             here = builder.add(begin, builder.mul(loop.index, height))
-            places = [_vector_at(builder, packed.data, here, INDEX(v * LANES)) for v in range(vectors)]
+            places = [vector_at(builder, packed.data, here, INDEX(v * LANES)) for v in range(vectors)]
             weights = [builder.load(place, align=4) for place in places]
             factors = builder.gep(corner, [builder.mul(loop.index, INDEX(TILE_ROWS))])
             for t in range(tokens):
-                factor = _spread(builder, builder.load(builder.gep(factors, [INDEX(t)])))
+                factor = spread(builder, builder.load(builder.gep(factors, [INDEX(t)])))
                 for v in range(vectors):
                     total = multiply_add(builder, builder.load(sums[t][v]), factor, weights[v])
                     builder.store(total, sums[t][v])
 
     result_stride, terms_stride, line = (_strides(builder, array)[0] for array in (result, terms, rows))
     for v in range(vectors):
-        places = [_vector_at(builder, rows.data, builder.mul(line, INDEX(i)), INDEX(v * LANES)) for i in range(3)]
+        places = [vector_at(builder, rows.data, builder.mul(line, INDEX(i)), INDEX(v * LANES)) for i in range(3)]
         of_rows = [builder.load(place, align=4) for place in places] if kind == INT8 else []
         for t in range(tokens):
             total = builder.load(sums[t][v])
             if kind == INT8:
                 term = builder.gep(terms.data, [builder.mul(terms_stride, INDEX(t))])
                 total = _scaled(builder, total, term, *of_rows)
-            place = _vector_at(builder, result.data, builder.mul(result_stride, INDEX(t)), INDEX(v * LANES))
+            place = vector_at(builder, result.data, builder.mul(result_stride, INDEX(t)), INDEX(v * LANES))
             builder.store(total, place, align=4)
 
 
-def _spread(builder, value):
+def spread(builder, value):
     """A number in every lane."""
     undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
     one = builder.insert_element(undefined, value, LANE(0))
     return builder.shuffle_vector(one, undefined, ir.Constant(INTEGERS, None))
 
 
-def _called(builder, name, returned, *args):
+def called(builder, name, returned, *args):
     function_type = ir.FunctionType(returned, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
 
 
 def _multiply_floats(builder, total, factor, weights):
-    return _called(builder, f"llvm.fma.v{LANES}f32", VECTOR, factor, weights, total)
+    return called(builder, f"llvm.fma.v{LANES}f32", VECTOR, factor, weights, total)
 
 
 def _multiply_bfloats(builder, total, factor, weights):
     """Two products a lane."""
     pair = ir.VectorType(_BFloat(), 2 * LANES)
     factor, weights = (builder.bitcast(vector, pair) for vector in (factor, weights))
-    return _called(builder, f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}", VECTOR, total, factor, weights)
+    return called(builder, f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}", VECTOR, total, factor, weights)
 
 
 def _multiply_bytes(builder, total, factor, weights):
@@ -183,7 +184,7 @@ def _multiply_bytes(builder, total, factor, weights):
     if HAS_VNNI:
         factor, weights = (builder.bitcast(vector, INTEGERS) for vector in (factor, weights))
         name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
-        return _called(builder, name, INTEGERS, total, factor, weights)
+        return called(builder, name, INTEGERS, total, factor, weights)
     return _multiply_bytes_widened(builder, total, factor, weights)
 
 
@@ -205,7 +206,7 @@ def _multiply_bytes_widened(builder, total, factor, weights):
 
 def _scaled(builder, total, term, bias, scales, sums):
     """(total - zero * sums) * (scale of the token * scales) + bias."""
-    zero, scale = (_spread(builder, builder.load(builder.gep(term, [INDEX(i)]))) for i in range(2))
+    zero, scale = (spread(builder, builder.load(builder.gep(term, [INDEX(i)]))) for i in range(2))
     zero, sums = (builder.bitcast(vector, INTEGERS) for vector in (zero, sums))
     exact = builder.sitofp(builder.sub(total, builder.mul(zero, sums)), VECTOR)
     return builder.fadd(builder.fmul(exact, builder.fmul(scale, scales)), bias)
@@ -222,7 +223,7 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows):
 
     def generate(context, builder, signature, args):
         count, height, words = args[0], args[2], args[3]
-        packed, rows = (_array(context, builder, signature, args, i) for i in (1, 4))
+        packed, rows = (array_of(context, builder, signature, args, i) for i in (1, 4))
         line = builder.mul(_strides(builder, rows)[0], INDEX(2))
         ones = ir.Constant(INTEGERS, [0x01010101] * LANES)
         for v in range(2):
@@ -232,7 +233,7 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows):
                     builder.store(ir.Constant(INTEGERS, None), total)
 
                 def add(word, total, v=v):
-                    place = _vector_at(builder, packed.data, builder.mul(word, height), INDEX(v * LANES))
+                    place = vector_at(builder, packed.data, builder.mul(word, height), INDEX(v * LANES))
                     weights = builder.load(place, align=4)
                     builder.store(_multiply_bytes(builder, builder.load(total), ones, weights), total)
 
@@ -243,7 +244,7 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows):
                 with cgutils.for_range(builder, words, start=builder.mul(whole, INDEX(chains))) as loop:
                     add(loop.index, sums[0])
                 total = functools.reduce(builder.add, [builder.load(each) for each in sums])
-                place = _vector_at(builder, rows.data, line, INDEX(v * LANES))
+                place = vector_at(builder, rows.data, line, INDEX(v * LANES))
                 builder.store(builder.bitcast(total, VECTOR), place, align=4)
         return context.get_dummy_value()
 
@@ -259,15 +260,15 @@ def put_piece(typing_context, source, bits, taken, put, target):
     signature = types.void(source, types.intp, types.intp, types.intp, target)
 
     def generate(context, builder, signature, args):
-        source, target = (_array(context, builder, signature, args, i) for i in (0, 4))
+        source, target = (array_of(context, builder, signature, args, i) for i in (0, 4))
         bits, taken, put = (builder.trunc(args[i], LANE) for i in (1, 2, 3))
         first = builder.icmp_signed("==", put, LANE(0))
         ones = builder.sub(builder.shl(LANE(1), bits), LANE(1))
-        down, up, mask = (_spread(builder, n) for n in (builder.mul(taken, bits), builder.mul(put, bits), ones))
+        down, up, mask = (spread(builder, n) for n in (builder.mul(taken, bits), builder.mul(put, bits), ones))
         zero = ir.Constant(INTEGERS, None)
         for start in range(0, TILE_ROWS, LANES):
             words, place = (
-                builder.bitcast(_vector_at(builder, array.data, INDEX(start)), INTEGERS.as_pointer())
+                builder.bitcast(vector_at(builder, array.data, INDEX(start)), INTEGERS.as_pointer())
                 for array in (source, target)
             )
             piece = builder.and_(builder.lshr(builder.load(words, align=4), down), mask)
@@ -284,11 +285,11 @@ def transpose_square(typing_context, source, target):
     signature = types.void(source, target)
 
     def generate(context, builder, signature, args):
-        source, target = (_array(context, builder, signature, args, i) for i in range(2))
+        source, target = (array_of(context, builder, signature, args, i) for i in range(2))
         source_stride, target_stride = (_strides(builder, array)[0] for array in (source, target))
 
         def place(array, stride, row):
-            return _vector_at(builder, array.data, builder.mul(stride, INDEX(row)))
+            return vector_at(builder, array.data, builder.mul(stride, INDEX(row)))
 
         rows = [builder.load(place(source, source_stride, i), align=4) for i in range(LANES)]
         step = 1
