@@ -1,0 +1,95 @@
+"""Whom a pruned model has to beat: the dense model itself, as others run it faster in a few lines."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdprune.formats.onnx import FirstOutput, OnnxModel, quantize_onnx, write_onnx
+from sdprune.layers.forms import dense_copy
+
+DENSE, OURS, OPPONENT = "dense", "ours", "opponent"
+INT8 = "ONNX Runtime int8"
+# How far the output may be from that of the dense float32 model, of its largest value; errors add up over the layers.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3, "int8": 1e-1}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a model.
+
+    Args:
+        name: in rows and figures.
+        role: "dense", what ours is made from; "ours", timed only if right; "opponent", timed also if it errs.
+        precision: of its products, a key of `TOLERANCES`.
+        model: called with the model's inputs by name; None where it could not be made.
+        facts: further fields of its row.
+        failed: why there is no model, in one line.
+    """
+
+    name: str
+    role: str
+    precision: str
+    model: Any
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    failed: str = ""
+
+    @property
+    def weights_mib(self) -> float | None:
+        """What its weights take; None where there is no telling."""
+        if isinstance(self.model, OnnxModel):
+            return self.model.nbytes / 2**20
+        if isinstance(self.model, nn.Module):
+            return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())) / 2**20
+        return None
+
+
+def in_bfloat16(model: Any) -> Contender:
+    """The dense model in bfloat16, eager."""
+    return _opponent("dense bfloat16", "bfloat16", lambda: copy.deepcopy(model).to(torch.bfloat16))
+
+
+@contextmanager
+def in_onnxruntime(model: Any, inputs: Mapping[str, Tensor]) -> Iterator[tuple[Contender, ...]]:
+    """The dense model in ONNX Runtime, in float32 and in dynamic int8; both are gone behind the block.
+
+    A package that is missing, and an export that fails, are told by the contenders.
+
+    Args:
+        model: a transformers model in float32 on the CPU, for any batch and length; it stays as it is.
+        inputs: as of `sdprune.formats.onnx.write_onnx`.
+    """
+    with TemporaryDirectory() as folder:
+        plain, small = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+
+        def float32() -> OnnxModel:
+            write_onnx(FirstOutput(dense_copy(model), tuple(inputs)), plain, inputs)
+            return OnnxModel(plain)
+
+        def int8() -> OnnxModel:
+            quantize_onnx(plain, small)
+            return OnnxModel(small)
+
+        first = _opponent("ONNX Runtime float32", "float32", float32)
+        if first.failed:
+            yield first, replace(first, name=INT8, precision="int8")
+        else:
+            yield first, _opponent(INT8, "int8", int8)
+
+
+def _opponent(name: str, precision: str, make: Callable[[], Any]) -> Contender:
+    try:
+        return Contender(name, OPPONENT, precision, make())
+    except Exception as problem:  # any library may be among the opponents: the row says what it raised
+        return Contender(name, OPPONENT, precision, None, {}, one_line(problem))
+
+
+def one_line(problem: Exception) -> str:
+    """The first line of what was raised, or its kind where that is empty."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:300]
