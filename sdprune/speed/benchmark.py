@@ -4,7 +4,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -29,9 +29,9 @@ from sdprune.masking.select import select_linears
 from sdprune.speed.opponents import (
     DENSE,
     INT8,
+    LIMITS,
     OPPONENT,
     OURS,
-    TOLERANCES,
     Contender,
     in_bfloat16,
     in_onnxruntime,
@@ -42,6 +42,7 @@ from sdprune.speed.plan_record import Plan
 from sdprune.speed.timing import Times, device_name, measure, peak_mib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOORS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # errors add up over the layers
 CONFIGS: Mapping[
     str, tuple[str, dict[str, int]]
 ] = {  # name -> model type and what differs from the defaults of its configuration
@@ -169,8 +170,9 @@ def benchmark(model: Any, config: BenchmarkConfig, output: Path) -> list[Row]:
 
     At each point the layers are planned for it (`sdprune.plan`) on a copy. The dense model and ours are timed only if
     their output is right: relative to the largest value of the dense float32 output, it may err twice as much as the
-    dense model does in its dtype, plus a small tolerance. Opponents may err as much as the tolerance of their
-    precision; one that errs more is timed all the same, and its row says so. All take turns.
+    dense model does in the dtype of the point, plus a small floor; in another precision, up to that one's limit.
+    Opponents run the model as it was given and are judged by it; one that errs more than its limit is timed all the
+    same, and its row says so. All take turns.
 
     `peak_mib` is what one call holds beyond the model and its inputs, as torch's allocator reports it; on a CPU the
     copies that the compiled engine packs are not in it, and ONNX Runtime reports none.
@@ -193,36 +195,40 @@ def benchmark(model: Any, config: BenchmarkConfig, output: Path) -> list[Row]:
     sparsities = config.sparsity or (None,)
     points = list(product(config.dtype, config.batch, config.sequence))
     rows: list[Row] = []
-    total = len(sparsities) * (opposed + (3 + config.compile) * len(points))
+    total = opposed + len(sparsities) * (3 + config.compile) * len(points)
+    given = copy.deepcopy(model).to(device)
     with tqdm(total=total, unit="stage", dynamic_ncols=True) as bar:
 
         def stage(label: str, text: str) -> None:
             bar.set_description(f"{label}: {text}")
             bar.update()
 
-        for sparsity in sparsities:
-            reference = copy.deepcopy(model).to(device)
-            if sparsity is not None:
-                prune_random_blocks(reference, sparsity, config.block_shape or (32, 32))
-            zeros = measure_sparsity(reference, select_linears(reference, SDPruneConfig()))
-            head = {"sparsity": zeros.linear, "block_shape": config.block_shape and list(config.block_shape)}
-            label = "" if sparsity is None else f"{sparsity:.0%} "
-            if opposed:
-                stage(f"{label}dense", "exporting to ONNX")
-            with _in_onnxruntime(reference, opposed) as opponents:
+        if opposed:
+            stage("opponents", "exporting to ONNX")
+        with _opponents(given, opposed) as opponents:
+            for sparsity in sparsities:
+                reference = copy.deepcopy(given)
+                if sparsity is not None:
+                    prune_random_blocks(reference, sparsity, config.block_shape or (32, 32))
+                zeros = measure_sparsity(reference, select_linears(reference, SDPruneConfig()))
+                head = {"sparsity": zeros.linear, "block_shape": config.block_shape and list(config.block_shape)}
                 for dtype, batch, sequence in points:
                     where = {"dtype": dtype, "batch": batch, "sequence": sequence} | head | _stamp(device)
-                    tell = partial(stage, f"{label}{dtype} {batch}x{sequence}")
-                    found = _point(reference, opponents, where, config, tell)
+                    label = f"{'' if sparsity is None else f'{sparsity:.0%} '}{dtype} {batch}x{sequence}"
+                    found = _point(reference, given, opponents, where, config, partial(stage, label))
                     _append(output / ROWS_NAME, found)
                     rows += found
     return rows
 
 
-def _in_onnxruntime(reference: Any, opposed: bool) -> AbstractContextManager[tuple[Contender, ...]]:
+@contextmanager
+def _opponents(given: Any, opposed: bool) -> Iterator[tuple[Contender, ...]]:
+    """All opponents, or none."""
     if not opposed:
-        return nullcontext(())
-    return in_onnxruntime(reference, _inputs(reference.config, 2, 3, torch.device("cpu")))
+        yield ()
+        return
+    with in_onnxruntime(given, _inputs(given.config, 2, 3, torch.device("cpu"))) as found:
+        yield in_bfloat16(given), *found
 
 
 def _append(path: Path, rows: Sequence[Row]) -> None:
@@ -232,6 +238,7 @@ def _append(path: Path, rows: Sequence[Row]) -> None:
 
 def _point(
     reference: Any,
+    given: Any,
     opponents: Sequence[Contender],
     head: Row,
     config: BenchmarkConfig,
@@ -240,9 +247,12 @@ def _point(
     """The rows of one point: plan, gate, times, memory."""
     device = torch.device(config.device)
     inputs = _inputs(reference.config, head["batch"], head["sequence"], device)
-    contenders = _contenders(reference, opponents, inputs, head["dtype"], config, stage)
+    contenders = [*_contenders(reference, inputs, head["dtype"], config, stage), *opponents]
+    contenders = [one for one in contenders if one.name != f"dense {head['dtype']}"]  # where that is the dense model
     with torch.inference_mode():
-        rows, calls = _gate(contenders, reference, inputs, head)
+        judges = {DENSE: reference, OURS: reference, OPPONENT: given}
+        truths = {role: first_tensor(model(**inputs)).double() for role, model in judges.items()}
+        rows, calls = _gate(contenders, truths, inputs, head)
         stage("timing")
         times = measure(calls, device, config.repeats)
         stage("measuring memory")
@@ -255,13 +265,12 @@ def _point(
 
 def _contenders(
     reference: nn.Module,
-    opponents: Sequence[Contender],
     inputs: Mapping[str, Tensor],
     dtype: str,
     config: BenchmarkConfig,
     stage: Callable[[str], None],
 ) -> list[Contender]:
-    """Who takes part at one point: the dense model first, then ours, then the opponents."""
+    """The dense model, first of all, and ours at one point."""
     dense = reference if dtype == "float32" else copy.deepcopy(reference).to(DTYPES[dtype])
     stage("planning")
     shapes = BLOCK_SHAPES if config.block_shape is None else (config.block_shape,)
@@ -277,19 +286,17 @@ def _contenders(
             replace(one, name=one.name.replace("eager", "compiled"), model=torch.compile(one.model, dynamic=False))
             for one in found
         ]
-    if opponents and dtype == "float32":
-        found.append(in_bfloat16(reference))
-    return [*found, *opponents]
+    return found
 
 
 def _gate(
-    contenders: Sequence[Contender], reference: nn.Module, inputs: Mapping[str, Tensor], head: Row
+    contenders: Sequence[Contender], truths: Mapping[str, Tensor], inputs: Mapping[str, Tensor], head: Row
 ) -> tuple[dict[str, Row], dict[str, Any]]:
-    """A row for each contender, with its error, and the calls that are to be timed."""
+    """A row for each contender, with its error from the truth of its role, and the calls that are to be timed."""
     rows: dict[str, Row] = {}
     calls: dict[str, Any] = {}
-    truth = first_tensor(reference(**inputs)).double()
-    lost = _error(first_tensor(contenders[0].model(**inputs)), truth)  # by the dense model in its dtype
+    dtype: str = head["dtype"]
+    lost = _error(first_tensor(contenders[0].model(**inputs)), truths[DENSE])  # by the dense model in its dtype
     for one in contenders:
         row = rows[one.name] = head | {"contender": one.name, "role": one.role, "precision": one.precision}
         row |= {"weights_mib": one.weights_mib, **one.facts}
@@ -298,13 +305,13 @@ def _gate(
             continue
         call = partial(one.model, **inputs)
         try:
-            error = _error(first_tensor(call()), truth)
+            error = _error(first_tensor(call()), truths[one.role])
         except Exception as problem:  # no compiler, too little memory: the row says what was raised
             if one.role != OPPONENT and not isinstance(problem, RuntimeError):
                 raise
             row["failed"] = one_line(problem)
             continue
-        allowed = TOLERANCES[one.precision] + (0.0 if one.role == OPPONENT else 2 * lost)
+        allowed = FLOORS[dtype] + 2 * lost if one.precision == dtype else LIMITS[one.precision]
         row |= {"error": error if error == error else None, "allowed": allowed, "correct": error <= allowed}
         if row["correct"] or one.role == OPPONENT:
             calls[one.name] = call
