@@ -112,6 +112,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure, axes = new_figure(1.8 + 2.8 * max(len(panels), 1), max(len(panels), 1))
     for panel, (title, lines) in zip(axes, panels.items(), strict=False):
         _draw_panel(panel, title, lines)
+    axes[0].set_ylim(0, None)  # of all panels, so after the last one
     if by_sparsity:
         axes[-1].set_xlabel("zeros in the pruned layers, %")
     else:
@@ -136,7 +137,7 @@ def _draw_panel(axes: Axes, title: str, lines: dict[str, list[tuple[float, Row]]
         elif name in _OTHERS:
             y = [row["speedup_over_eager"] for _, row in points]
             axes.plot([place for place, _ in points], y, label=name, **_OTHERS[name])
-    axes.set(ylim=(0, None), ylabel="times as fast as dense")
+    axes.set_ylabel("times as fast as dense")
 
 
 def _draw_ours(axes: Axes, name: str, points: Sequence[tuple[float, Row]], index: int) -> None:

@@ -1,5 +1,6 @@
 """The dense model as others run it: right, timed beside ours, and told where it is missing or errs."""
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from sdprune.speed import benchmark as benchmark_module
 from sdprune.speed import opponents
 from sdprune.speed.benchmark import BenchmarkConfig, benchmark
-from sdprune.speed.opponents import INT8, Contender, in_bfloat16, in_onnxruntime
+from sdprune.speed.opponents import INT8, Contender, in_bfloat16, in_onnxruntime, opponent_speedups
 from sdprune.speed.report import breaks, draw, outcome, table
 
 NAMES = ["dense eager", "sparse eager", "dense bfloat16", "ONNX Runtime float32", INT8]
@@ -53,6 +54,28 @@ def test_onnxruntime_computes_the_same_in_both_precisions(model, inputs):
         assert small.weights_mib < plain.weights_mib
         kinds = [value.type for value in small.model.session.get_inputs()]
         assert kinds == ["tensor(int64)"] * 2
+
+
+@needs_onnx
+def test_speedups_of_a_small_model_are_measured_unasked(model, inputs):
+    model.train()
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        found = opponent_speedups(model, inputs, repeats=3)
+    assert list(found) == ["ONNX Runtime float32", INT8]
+    assert all(value > 0 for value in found.values())
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_speedups_are_not_measured_where_that_is_dear_or_impossible(model, inputs, monkeypatch):
+    monkeypatch.setattr(opponents, "in_onnxruntime", lambda *arguments: pytest.fail("was exported"))
+    monkeypatch.setattr(opponents, "missing_package", lambda: None)
+    monkeypatch.setattr(opponents, "MOST_PARAMETERS", sum(value.numel() for value in model.parameters()) - 1)
+    assert opponent_speedups(model, inputs) == {}
+    monkeypatch.undo()
+    without(monkeypatch, "onnx")
+    assert opponent_speedups(model, inputs) == {}
 
 
 @needs_onnx
@@ -123,8 +146,6 @@ def test_an_opponent_that_errs_is_timed_and_marked_and_ours_is_not(model, tmp_pa
 
 
 def opponents_are(make):
-    import contextlib
-
     return lambda given, opposed: contextlib.nullcontext(make(given))
 
 
