@@ -22,12 +22,6 @@ def missing_package() -> str | None:
     return None
 
 
-def require_packages() -> None:
-    """Raise the ImportError that says what to install."""
-    if problem := missing_package():
-        raise ImportError(problem)
-
-
 class FirstOutput(nn.Module):
     """A transformers model as a function of tensors in a fixed order; its cache, an output too, is turned off."""
 
@@ -55,7 +49,8 @@ def write_onnx(function: FirstOutput, path: Path, inputs: Mapping[str, Tensor]) 
     Raises:
         ImportError: a package of the extra `onnx` is missing.
     """
-    require_packages()
+    if problem := missing_package():
+        raise ImportError(problem)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     with _quiet(), torch.no_grad():
         torch.onnx.export(
@@ -85,12 +80,7 @@ def _quiet() -> Iterator[None]:
 
 
 def quantize_onnx(source: Path, target: Path) -> None:
-    """Write a float32 model with int8 weights, whose inputs are quantised as it runs: `quantize_dynamic` as it comes.
-
-    Raises:
-        ImportError: a package of the extra `onnx` is missing.
-    """
-    require_packages()
+    """Write a float32 model with int8 weights, whose inputs are quantised as it runs: `quantize_dynamic` as it is."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -107,17 +97,13 @@ class OnnxModel:
     """A file in onnxruntime on the CPU, with as many threads as torch has when it is made; called as torch models are.
 
     Args:
-        path: of the file; it must outlive this object.
+        path: of the file, which is needed no longer than this takes.
 
     Attributes:
         nbytes: of the file, and of what lies beside it under its name.
-
-    Raises:
-        ImportError: a package of the extra `onnx` is missing.
     """
 
     def __init__(self, path: Path) -> None:
-        require_packages()
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

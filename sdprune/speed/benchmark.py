@@ -203,32 +203,27 @@ def benchmark(model: Any, config: BenchmarkConfig, output: Path) -> list[Row]:
             bar.set_description(f"{label}: {text}")
             bar.update()
 
+        opponents: list[Contender] = []
         if opposed:
             stage("opponents", "exporting to ONNX")
-        with _opponents(given, opposed) as opponents:
-            for sparsity in sparsities:
-                reference = copy.deepcopy(given)
-                if sparsity is not None:
-                    prune_random_blocks(reference, sparsity, config.block_shape or (32, 32))
-                zeros = measure_sparsity(reference, select_linears(reference, SDPruneConfig()))
-                head = {"sparsity": zeros.linear, "block_shape": config.block_shape and list(config.block_shape)}
-                for dtype, batch, sequence in points:
-                    where = {"dtype": dtype, "batch": batch, "sequence": sequence} | head | _stamp(device)
-                    label = f"{'' if sparsity is None else f'{sparsity:.0%} '}{dtype} {batch}x{sequence}"
-                    found = _point(reference, given, opponents, where, config, partial(stage, label))
-                    _append(output / ROWS_NAME, found)
-                    rows += found
+            opponents = _opponents(given)
+        for sparsity in sparsities:
+            reference = copy.deepcopy(given)
+            if sparsity is not None:
+                prune_random_blocks(reference, sparsity, config.block_shape or (32, 32))
+            zeros = measure_sparsity(reference, select_linears(reference, SDPruneConfig()))
+            head = {"sparsity": zeros.linear, "block_shape": config.block_shape and list(config.block_shape)}
+            for dtype, batch, sequence in points:
+                where = {"dtype": dtype, "batch": batch, "sequence": sequence} | head | _stamp(device)
+                label = f"{'' if sparsity is None else f'{sparsity:.0%} '}{dtype} {batch}x{sequence}"
+                found = _point(reference, given, opponents, where, config, partial(stage, label))
+                _append(output / ROWS_NAME, found)
+                rows += found
     return rows
 
 
-@contextmanager
-def _opponents(given: Any, opposed: bool) -> Iterator[tuple[Contender, ...]]:
-    """All opponents, or none."""
-    if not opposed:
-        yield ()
-        return
-    with in_onnxruntime(given, _inputs(given.config, 2, 3, torch.device("cpu"))) as found:
-        yield in_bfloat16(given), *found
+def _opponents(given: Any) -> list[Contender]:
+    return [in_bfloat16(given), *in_onnxruntime(given, _inputs(given.config, 2, 3, torch.device("cpu")))]
 
 
 def _append(path: Path, rows: Sequence[Row]) -> None:

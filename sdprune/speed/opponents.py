@@ -1,8 +1,7 @@
 """Whom a pruned model has to beat: the dense model itself, as others run it faster in a few lines."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -60,9 +59,8 @@ def in_bfloat16(model: Any) -> Contender:
     return _opponent("dense bfloat16", "bfloat16", lambda: copy.deepcopy(model).to(torch.bfloat16))
 
 
-@contextmanager
-def in_onnxruntime(model: Any, inputs: Mapping[str, Tensor]) -> Iterator[tuple[Contender, ...]]:
-    """The dense model in ONNX Runtime, in float32 and in dynamic int8; both are gone behind the block.
+def in_onnxruntime(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Contender, Contender]:
+    """The dense model in ONNX Runtime, in float32 and in dynamic int8.
 
     A package that is missing, and an export that fails, are told by the contenders.
 
@@ -83,9 +81,8 @@ def in_onnxruntime(model: Any, inputs: Mapping[str, Tensor]) -> Iterator[tuple[C
 
         first = _opponent("ONNX Runtime float32", "float32", float32)
         if first.failed:
-            yield first, replace(first, name=INT8, precision="int8")
-        else:
-            yield first, _opponent(INT8, "int8", int8)
+            return first, replace(first, name=INT8, precision="int8")
+        return first, _opponent(INT8, "int8", int8)
 
 
 def opponent_speedups(model: Any, inputs: Mapping[str, Tensor], *, repeats: int = 7) -> dict[str, float]:
@@ -106,12 +103,12 @@ def opponent_speedups(model: Any, inputs: Mapping[str, Tensor], *, repeats: int 
     if missing_package() is not None or model.device.type != "cpu" or not small:
         return {}
     # Outside of it: tensors of inference mode cannot be exported. The caller's random numbers stay what they are.
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), in_onnxruntime(model, inputs) as found:
-        calls = {DENSE: partial(model, **inputs)} | {
-            one.name: partial(one.model, **inputs) for one in found if one.model
-        }
-        with evaluating(model), torch.inference_mode():
-            times = measure(calls, model.device, repeats)
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        inputs = {name: value.clone() for name, value in inputs.items()}
+        found = in_onnxruntime(model, inputs)
+    models = {DENSE: model} | {one.name: one.model for one in found if not one.failed}
+    with evaluating(model), torch.inference_mode():
+        times = measure({name: partial(one, **inputs) for name, one in models.items()}, model.device, repeats)
     return {name: times[DENSE].median / taken.median for name, taken in times.items() if name != DENSE}
 
 
