@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sdp_kernels.checks import check_choice
 
@@ -170,6 +171,16 @@ def capability_of(device: torch.device) -> int:
         return int(driver.active.get_current_target().arch)
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return 10 * major + minor
+
+
+def is_watched(*tensors: Tensor) -> bool:
+    """Whether something may record operators on these tensors, or run something else in their place.
+
+    Where it does not, the function of an operator may be called directly, which saves the way there.
+    """
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    recording = tracing or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return recording or any(type(tensor) not in PLAIN or tensor.is_meta for tensor in tensors)
 
 
 def is_captured(tensor: Tensor) -> bool:

@@ -8,14 +8,15 @@ list of kept blocks as long as these are few. Lists are padded to the full grid 
 neither recompiles nor breaks a CUDA graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from sdp_kernels.dispatch import OFFERS, autocast_dtype, choose_backend, without_autocast
+from sdp_kernels.dispatch import OFFERS, autocast_dtype, choose_backend, is_watched, without_autocast
 from sdp_kernels.masked_linear.arguments import Masking, mask_arguments
 from sdp_kernels.masked_linear.products import gated_gradient, input_gradient, output_of, weight_gradient
 from sdp_kernels.masks import BitMask, check_mask
@@ -69,17 +70,12 @@ def masked_linear(
     """
     autocast = check_arguments(input, weight, mask, bias, block_gate, gradient)
     backend = choose_backend("masked_linear", (input, weight), OFFERS)
-    output: Tensor = _masked_linear(
-        input=input,
-        weight=weight,
-        bias=bias,
-        block_gate=block_gate,
-        **mask_arguments(mask, backend, input),
-        dense_gradient=gradient == "dense",
-        dtype=autocast,
-        backend=backend,
-    )
-    return output
+    parts = mask_arguments(mask, backend, input)
+    direct = backend == "cpu" and not is_watched(input, weight, parts["mask"])
+    run: Callable[..., Tensor] = _Direct.apply if direct else _masked_linear
+    sides = parts["block_rows"], parts["block_columns"]
+    tensors = input, weight, parts["mask"], bias, block_gate, parts["lists"]
+    return run(*tensors, *sides, gradient == "dense", autocast, backend)
 
 
 def check_arguments(
@@ -120,8 +116,7 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, block_gat
             )
 
 
-@torch.library.custom_op("sdp_kernels::masked_linear", mutates_args=())
-def _masked_linear(
+def _product(
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
@@ -141,13 +136,15 @@ def _masked_linear(
         return output_of(input.to(dtype), weight, None if bias is None else bias.to(dtype), masking)
 
 
+_masked_linear = torch.library.custom_op("sdp_kernels::masked_linear", _product, mutates_args=())
+
+
 @_masked_linear.register_fake
 def _(input: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=others[-2])
 
 
-@torch.library.custom_op("sdp_kernels::masked_linear_backward", mutates_args=())
-def masked_linear_backward(
+def _gradients(
     gradient: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -182,6 +179,9 @@ def masked_linear_backward(
     return of_input, of_weight, of_gate.to(weight.dtype)
 
 
+masked_linear_backward = torch.library.custom_op("sdp_kernels::masked_linear_backward", _gradients, mutates_args=())
+
+
 @masked_linear_backward.register_fake
 def _(gradient: Tensor, input: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     gate_rows, gate_columns, _, need_input, need_weight, need_gate, _ = others[-7:]
@@ -200,11 +200,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.gate = None if block_gate is None else (block_gate.shape, block_gate.dtype)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, gradient: Tensor, make: Callable[..., Any] = masked_linear_backward) -> tuple[Any, ...]:
     input, weight, mask, *lists = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_gate = ctx.needs_input_grad[:5]
     grid, gate_dtype = ctx.gate or ((1, 1), weight.dtype)
-    of_input, of_weight, of_gate = masked_linear_backward(
+    of_input, of_weight, of_gate = make(
         gradient=gradient,
         input=input,
         weight=weight,
@@ -233,3 +233,15 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 _masked_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without the way through torch's dispatcher, which takes as long as a small product."""
+
+    forward = staticmethod(_product)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, gradient, _gradients)[:5], *[None] * 6

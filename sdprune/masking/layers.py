@@ -261,11 +261,11 @@ class MaskedLinear(nn.Linear):
 
     def _choose_product(self) -> None:
         # A bool, not the density: compiled code depends on it, and a pruning step must not compile anew.
-        lists, kind = self.bit_mask.lists, self.mask.device.type
-        if lists is not None and kind == "cpu":
-            self._few_blocks = worthwhile(self.weight, lists)
+        kind = self.mask.device.type
+        if kind == "cpu":
+            self._few_blocks = worthwhile(self.weight.dtype, self.bit_mask)
         else:
-            self._few_blocks = lists is not None and kind == "cuda" and 1.0 - self.sparsity <= MOST_DENSE
+            self._few_blocks = self.has_lists and kind == "cuda" and 1.0 - self.sparsity <= MOST_DENSE
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""

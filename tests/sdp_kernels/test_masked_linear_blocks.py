@@ -6,7 +6,6 @@ import torch
 from sdp_kernels import BitMask, masked_linear
 from sdp_kernels.cpu_engine import availability
 from sdp_kernels.masked_linear import cpu
-from sdp_kernels.masks import ActiveBlocks
 
 
 @pytest.fixture(params=["engine", "torch"], autouse=True)
@@ -18,10 +17,8 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return str(request.param)
 
 
-def lists_of(keep: torch.Tensor) -> ActiveBlocks:
-    lists = BitMask.from_blocks(keep, (16, 16), (keep.shape[0] * 16, keep.shape[1] * 16)).lists
-    assert lists is not None
-    return lists
+def mask_of(keep: torch.Tensor, block_shape: tuple[int, int]) -> BitMask:
+    return BitMask.from_blocks(keep, block_shape, (keep.shape[0] * block_shape[0], keep.shape[1] * block_shape[1]))
 
 
 @pytest.mark.parametrize("block_shape", [(16, 16), (32, 32), (17, 20), (16, 48), (61, 33), (128, 32)])
@@ -33,7 +30,7 @@ def test_gradient_of_the_weight(block_shape: tuple[int, int], tokens: int) -> No
     gradient = torch.randn(tokens, 4 * block_shape[0])
     input = torch.randn(tokens, 3 * block_shape[1])
     weight = torch.full((gradient.shape[1], input.shape[1]), torch.nan)
-    got = cpu.weight_gradient(gradient, input, weight, lists_of(keep), block_shape)
+    got = cpu.weight_gradient(gradient, input, weight, mask_of(keep, block_shape))
     mask = keep.repeat_interleave(block_shape[0], 0).repeat_interleave(block_shape[1], 1)
     expected = torch.where(mask, gradient.double().T @ input.double(), 0)
     assert got.dtype == torch.float32
@@ -60,10 +57,10 @@ def test_runs_on_several_threads_and_leaves_their_number_alone(implementation: s
     torch.set_num_threads(2)
     try:
         gradient, input, weight = torch.randn(90, 80), torch.randn(90, 64), torch.randn(80, 64)
-        lists = lists_of(torch.rand(5, 4) < 0.5)
-        several = cpu.weight_gradient(gradient, input, weight, lists, (16, 16))
+        mask = mask_of(torch.rand(5, 4) < 0.5, (16, 16))
+        several = cpu.weight_gradient(gradient, input, weight, mask)
         assert torch.get_num_threads() == 2
         torch.set_num_threads(1)
-        assert torch.equal(cpu.weight_gradient(gradient, input, weight, lists, (16, 16)), several), implementation
+        assert torch.equal(cpu.weight_gradient(gradient, input, weight, mask), several), implementation
     finally:
         torch.set_num_threads(threads)
