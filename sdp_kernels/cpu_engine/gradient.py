@@ -15,7 +15,8 @@ from sdp_kernels.cpu_engine.column_tile import add_rows_product, transpose
 from sdp_kernels.cpu_engine.register_tile import LANES
 from sdp_kernels.cpu_engine.threads import compiled
 
-TOKENS = 256  # copied at a time for the gradient of the weight
+TOKENS = 4096  # copied at a time for the gradient of the weight
+FEW_TOKENS = 256  # multiplied at a time: what a register tile reads of them stays in the first cache
 WIDTH = 2 * LANES  # of a register tile
 
 
@@ -74,10 +75,12 @@ def _add_columns(inputs, starts, tokens, slope, packed, places):
     """Add to some columns of one row of blocks: the products of their inputs with the gradients of its outputs."""
     padded_height = packed.shape[1]
     spare = packed.size - padded_height
-    for top in range(0, padded_height, WIDTH):
-        vectors = min(2, (padded_height - top) // LANES)
-        matrix, result = slope.reshape(-1)[top:], packed.reshape(-1)[top:]
-        add_rows_product(inputs.reshape(-1), starts, tokens, matrix, padded_height, result, places, spare, vectors)
+    for base in range(0, tokens, FEW_TOKENS):
+        factors, some = inputs.reshape(-1)[base:], min(FEW_TOKENS, tokens - base)
+        for top in range(0, padded_height, WIDTH):
+            vectors = min(2, (padded_height - top) // LANES)
+            matrix, result = slope[base:].reshape(-1)[top:], packed.reshape(-1)[top:]
+            add_rows_product(factors, starts, some, matrix, padded_height, result, places, spare, vectors)
 
 
 @compiled(parallel=True)
@@ -96,8 +99,8 @@ def add_weight_gradient(gradient, input, offsets, columns, height, packed, parts
     tokens, count = len(input), len(columns)
     most = min(TOKENS, tokens)
     slopes = np.zeros((len(offsets) - 1, most, packed.shape[1]), np.float32)
-    inputs = np.empty((input.shape[1], most), np.float32)
-    starts, places = columns.astype(np.int64) * most, np.arange(count) * packed.shape[1]
+    inputs = np.empty((input.shape[1], most + LANES), np.float32)  # at a distance that is no power of two
+    starts, places = columns.astype(np.int64) * inputs.shape[1], np.arange(count) * packed.shape[1]
     for base in range(0, tokens, TOKENS):
         some = min(TOKENS, tokens - base)
         _copy_tokens(gradient[base : base + some], input[base : base + some], height, slopes, inputs, parts)

@@ -4,8 +4,8 @@ A weight whose zeros stand in place (`zero_`) costs nothing more than the dense 
 pruned values must survive. What it does then depends on where the time goes (products.py): few tokens wait for memory,
 and the mask is applied in registers; many tokens pay for a masked copy that lives for one cuBLAS product, because a
 kernel of ours would be slower than that; and a mask of whole blocks saves work, so all three products walk along the
-list of kept blocks as long as these are few. Lists are padded to the full grid and read on the device: a pruning step
-neither recompiles nor breaks a CUDA graph.
+kept blocks as long as these are few. On a GPU their lists are padded to the full grid and read on the device: a pruning
+step neither recompiles nor breaks a CUDA graph. The compiled engine of a CPU reads the words of the mask.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,12 +37,13 @@ def masked_linear(
     backward besides the weight itself. Pruned values survive in `weight` and may even be NaN. Where they need not
     survive, `zero_` and a plain `F.linear` are cheaper.
 
-    With a `BitMask` that has lists of blocks, all three products visit the kept blocks only: on a GPU blocks whose
-    sides are 16, 32, 64 or 128, unless the mask is `mostly_kept` and there are more than 256 tokens; on a CPU up to a
-    density of 0.5 in float32 by a compiled engine (with numba, the extra `cpu`), and otherwise up to 0.3 in float32 and
-    float64. Any other mask is applied to the weight in registers on a GPU with up to 256 tokens, and otherwise to a
-    copy that lives for one dense product and is made again in backward, where the result is that of `F.linear` bit
-    for bit.
+    With a `BitMask` of blocks, all three products visit the kept blocks only: on a GPU blocks whose sides are 16, 32,
+    64 or 128, unless the mask is `mostly_kept` and there are more than 256 tokens; on a CPU blocks that are at least 16
+    high, however narrow they are, up to a density of 0.5 in float32 by a compiled engine (with numba, the extra `cpu`),
+    and otherwise blocks whose sides are at least 16, up to 0.3 in float32 and float64. Any other mask is applied to the
+    weight in registers on a GPU with up to 256 tokens, and otherwise to a copy that lives for one dense product and is
+    made again in backward, where the result is that of `F.linear` bit for bit; on a CPU a mask that keeps everything
+    needs no copy.
 
     Args:
         input: (..., in), any float dtype.
