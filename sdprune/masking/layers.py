@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from sdp_kernels import BitMask, masked_linear, zero_
 from sdp_kernels.masked_linear.cpu import worthwhile
-from sdp_kernels.masks import ActiveBlocks
+from sdp_kernels.masks import ActiveBlocks, masked
 from sdprune.masking.linears import is_linear, matrix, more_than_linear
 from sdprune.methods.criteria import expected_gate, sampled_gate
 
@@ -31,14 +31,14 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(words, weight if gate is not None else None)
         if zeros_in_place:
             return weight.view_as(weight)
-        return torch.where(_kept(words, weight), weight, 0)
+        return masked(weight, _kept(words, weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         words, weight = ctx.saved_tensors
         # in half precision the product of two small numbers would be 0
         sensitivity = None if weight is None else grad.float() * weight.float()
-        return torch.where(_kept(words, grad), grad, 0), None, sensitivity, None
+        return masked(grad, _kept(words, grad)), None, sensitivity, None
 
 
 def _kept(words: Tensor, weight: Tensor) -> Tensor:
