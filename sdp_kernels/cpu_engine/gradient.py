@@ -15,7 +15,7 @@ from sdp_kernels.cpu_engine.column_tile import add_rows_product, transpose
 from sdp_kernels.cpu_engine.register_tile import LANES
 from sdp_kernels.cpu_engine.threads import compiled
 
-TOKENS = 4096  # copied at a time for the gradient of the weight
+TOKENS = 512  # copied at a time for the gradient of the weight
 FEW_TOKENS = 256  # multiplied at a time: what a register tile reads of them stays in the first cache
 WIDTH = 2 * LANES  # of a register tile
 
