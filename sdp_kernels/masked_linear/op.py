@@ -239,8 +239,11 @@ _masked_linear.register_autograd(_backward, setup_context=_setup_context)
 class _Direct(torch.autograd.Function):
     """The operator without the way through torch's dispatcher, which takes as long as a small product."""
 
-    forward = staticmethod(_product)
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # a setup_context of its own would cost the binding of all arguments
+        output = _product(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
