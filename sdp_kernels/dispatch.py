@@ -165,17 +165,6 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def runs_alone(*tensors: Tensor) -> bool:
-    """Whether an operator's function may be called directly: with little work, the operator's way to it takes as long.
-
-    Who records operators or runs something else in their place must see one: functions write through numpy and Triton.
-    """
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if tracing or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return False
-    return all(type(tensor) in PLAIN and not tensor.is_meta for tensor in tensors)
-
-
 def capability_of(device: torch.device) -> int:
     """The compute capability that kernels are launched for: 90 is 9.0, and that of the interpreter is 80.
 
@@ -187,6 +176,17 @@ def capability_of(device: torch.device) -> int:
         return int(driver.active.get_current_target().arch)
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return 10 * major + minor
+
+
+def is_watched(*tensors: Tensor) -> bool:
+    """Whether something may record operators on these tensors, or run something else in their place.
+
+    Where it does not, the function of an operator may be called directly: with little work, the operator's way to it
+    takes as long. Who records operators must see one, because functions write through numpy and Triton.
+    """
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    recording = tracing or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return recording or any(type(tensor) not in PLAIN or tensor.is_meta for tensor in tensors)
 
 
 def is_captured(tensor: Tensor) -> bool:

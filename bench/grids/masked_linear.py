@@ -14,17 +14,24 @@ from sdp_kernels import BitMask, masked_linear
 from sdp_kernels.masked_linear import masked_linear_reference
 from sdp_kernels.spec import Inputs, Shape
 
-# A shape is (tokens, in, out, density in percent, side of the blocks or 0 for no structure).
+# A shape is (tokens, in, out, density in percent, side of the blocks or 0 for no structure), or ends with height and
+# width of the blocks.
 WEIGHTS = ((768, 3072), (3072, 768), (1024, 4096), (4096, 4096), (4096, 14336))  # BERT-base, ViT-L, Llama-3-8B
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 DENSITIES = (50, 25, 10, 5)
 BLOCKS = (0, 16, 32, 64, 128)
+NARROW = tuple(  # the feed-forward layers of MiniLM
+    (900, *weight, density, *block_shape)
+    for weight in ((384, 1536), (1536, 384))
+    for density in (20, 100)
+    for block_shape in ((16, 4), (32, 1))
+)
 TELLING = ((1024, 768, 3072, 10, 32), (64, 4096, 4096, 50, 0), (8192, 4096, 4096, 25, 64), (8192, 4096, 4096, 50, 0))
 
 
 def shapes() -> tuple[Shape, ...]:
     """All tokens at one density, all densities and blocks at few and at many tokens, and a full mask."""
-    found = dict.fromkeys(TELLING)
+    found = dict.fromkeys(TELLING + NARROW)
     for weight in WEIGHTS:
         found |= dict.fromkeys((tokens, *weight, 10, side) for tokens, side in product(TOKENS, (0, 32, 64)))
         many = product((64, 4096), DENSITIES, BLOCKS)
@@ -35,12 +42,13 @@ def shapes() -> tuple[Shape, ...]:
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """The pruned weights are zero, so that all contenders compute the same."""
-    tokens, columns, outputs, density, side = shape
-    grid = (outputs // side, columns // side) if side else (outputs, columns)
+    tokens, columns, outputs, density, height = shape[:5]
+    width = shape[-1]
+    grid = (outputs // height, columns // width) if width else (outputs, columns)
     keep = torch.rand(grid, device=device) < density / 100
     mask = (
-        BitMask.from_blocks(keep, (side, side), (outputs, columns), density=density / 100)
-        if side
+        BitMask.from_blocks(keep, (height, width), (outputs, columns), density=density / 100)
+        if width
         else BitMask.from_bool(keep)
     )
     weight = torch.randn(outputs, columns, device=device) * mask.to_bool()
@@ -98,7 +106,7 @@ def contenders() -> Mapping[str, Contender]:
 
 def _bound(shape: Shape, itemsize: int) -> Work:
     """Blocks need only their share of the products; without structure no machine has a use for the zeros."""
-    tokens, columns, outputs, density, side = shape
+    tokens, columns, outputs, density, side = shape[:5]
     share = density / 100 if side else 1.0
     moved = itemsize * (3 * share * columns * outputs + 2 * tokens * (columns + outputs))
     return Work(int(share * 6 * tokens * columns * outputs), int(moved), 0)

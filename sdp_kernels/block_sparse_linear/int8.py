@@ -9,7 +9,7 @@ from sdp_kernels import cpu_engine
 from sdp_kernels.block_sparse_linear.matrix import BlockLists, BlockSparseMatrix
 from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS, quantize_tokens
 from sdp_kernels.cpu_engine.gathered import rows_product
-from sdp_kernels.dispatch import needs_gradient, runs_alone
+from sdp_kernels.dispatch import is_watched, needs_gradient
 from sdp_kernels.masks import Walk
 
 
@@ -17,7 +17,7 @@ def int8_linear(input: Tensor, weight: BlockSparseMatrix, bias: Tensor | None, a
     """As `block_sparse_linear`, with checked arguments on a CPU and an int8 weight."""
     assert weight.scales is not None
     trains = needs_gradient(input, bias)
-    output: Tensor = (_compute if not trains and runs_alone(input, weight.values) else _int8_linear)(
+    output: Tensor = (_int8_linear if trains or is_watched(input, weight.values) else _compute)(
         input.reshape(-1, weight.shape[1]),
         weight.values,
         weight.scales,

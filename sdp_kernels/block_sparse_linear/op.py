@@ -25,8 +25,8 @@ from sdp_kernels.dispatch import (
     OFFERS,
     autocast_dtype,
     choose_backend,
+    is_watched,
     needs_gradient,
-    runs_alone,
     without_autocast,
 )
 from sdp_kernels.masks import Walk
@@ -105,7 +105,7 @@ def _sparse_product(
     # The backward of an activation needs what came into it, which a fused one does not keep.
     trains = needs_gradient(input, values, bias)
     lists = weight.lists
-    output: Tensor = (_compute if not trains and runs_alone(input, values) else _block_sparse_linear)(
+    output: Tensor = (_block_sparse_linear if trains or is_watched(input, values) else _compute)(
         input.reshape(-1, weight.shape[1]),
         values,
         bias,

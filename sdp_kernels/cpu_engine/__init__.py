@@ -1,7 +1,7 @@
 """Products of blocks on a CPU, below the ops that use them.
 
-products.py takes the compiled engine (engine.py, gradient.py; they need numba) where availability.py says that it can
-run, otherwise plain torch (gathered.py).
+products.py takes the compiled engine (engine.py; it needs numba) where availability.py says that it can run, otherwise
+plain torch (gathered.py). columns.py makes the compiled products of a masked weight, with both gradients (gradient.py).
 """
 
 from sdp_kernels.cpu_engine.availability import is_compiled, multiplies_bfloat16

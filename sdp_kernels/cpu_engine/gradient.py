@@ -1,105 +1,113 @@
-"""The compiled gradient of the kept blocks of a weight, with the register tiles of the block-sparse product.
+"""The compiled gradients of a masked weight and of its input, from the kept columns of the weight.
 
-A tile of a block's gradient, a few of its rows by one or two vectors of its columns, stays in registers while tokens
-pass by. What a block takes from them is copied next to each other beforehand, because the same features of many tokens
-lie on as many pages of memory, and push each other out of the cache.
+Both are sums of kept columns: the gradient of the input gathers them, the lanes of a vector being tokens; that of the
+weight makes them, the lanes being outputs. What vectors are loaded from is copied next to each other beforehand,
+because the same features of many tokens lie on as many pages of memory, and push each other out of the cache.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 # mypy: disable-error-code="import-untyped,import-not-found"
 
-import numba
 import numpy as np
-import torch
 from numba import prange
 
-from sdp_kernels.cpu_engine.register_tile import LANES, TILE, TILE_ROWS, multiply_tile
-from sdp_kernels.cpu_engine.threads import compiled, run_on_threads
+from sdp_kernels.cpu_engine.column_tile import add_rows_product, transpose
+from sdp_kernels.cpu_engine.register_tile import LANES
+from sdp_kernels.cpu_engine.threads import compiled
 
-TOKENS = 512  # copied at a time
-FEW_TOKENS = 16  # copied at a time for one block: what is read and written then stays in the first cache
-
-
-@compiled(parallel=True)
-def _copy_inputs(input, width, blocks, parts):
-    """blocks[j, t, c] = input[t, j * width + c]."""
-    tokens = len(input)
-    for part in prange(parts):
-        for start in range(tokens * part // parts, tokens * (part + 1) // parts, FEW_TOKENS):
-            end = min(start + FEW_TOKENS, tokens * (part + 1) // parts)
-            for j in range(len(blocks)):
-                for t in range(start, end):
-                    for c in range(width):
-                        blocks[j, t, c] = input[t, j * width + c]
-
-
-@compiled(parallel=True)
-def _copy_gradients(gradient, height, tiles, parts):
-    """tiles[j, i, t, r] = gradient[t, j * height + i * TILE + r]."""
-    tokens = len(gradient)
-    for part in prange(parts):
-        for start in range(tokens * part // parts, tokens * (part + 1) // parts, FEW_TOKENS):
-            end = min(start + FEW_TOKENS, tokens * (part + 1) // parts)
-            for j in range(len(tiles)):
-                for i in range(tiles.shape[1]):
-                    first = j * height + i * TILE
-                    rows = min(TILE, height - i * TILE)
-                    for t in range(start, end):
-                        if rows == TILE:  # a loop of a length that is known becomes vectors
-                            for r in range(TILE):
-                                tiles[j, i, t, r] = gradient[t, first + r]
-                        else:
-                            for r in range(rows):
-                                tiles[j, i, t, r] = gradient[t, first + r]
+TOKENS = 512  # copied at a time for the gradient of the weight
+FEW_TOKENS = 256  # multiplied at a time: what a register tile reads of them stays in the first cache
+WIDTH = 2 * LANES  # of a register tile
 
 
 @compiled()
-def _add_block(tiles, inputs, tokens, height, width, edge, result):
-    """result += gradients of a row of blocks, transposed, times inputs of a column of blocks."""
-    one_block, no_bias = np.zeros(1, np.int32), np.zeros((3, 2 * LANES), np.float32)
-    no_terms = np.zeros((TILE, 2), np.float32)
-    padded_width = inputs.shape[1]
-    flat = inputs.reshape(-1)
-    for i in range(len(tiles)):
-        rows = min(TILE, height - i * TILE)
-        for first in range(0, padded_width, 2 * LANES):
-            vectors = min(2, (padded_width - first) // LANES)
-            columns = min(vectors * LANES, width - first)
-            weights = flat[first:]
-            multiply_tile(tiles[i], rows, weights, padded_width, one_block, tokens, no_bias, no_terms, edge, vectors)
-            for r in range(rows):
-                for c in range(columns):
-                    result[i * TILE + r, first + c] += edge[r, c]
+def row_of(offsets, place):
+    """The row of blocks whose list holds this place."""
+    return np.searchsorted(offsets, place, side="right") - 1
 
 
 @compiled(parallel=True)
-def _add_blocks(gradient, input, rows, columns, height, width, result, parts):
-    """Add to the kept blocks of the result; each part of the work has as many of them as any other."""
-    most = min(TOKENS, len(input))
-    blocks = np.zeros((input.shape[1] // width, most, -(-width // LANES) * LANES), np.float32)
-    tiles = np.zeros((gradient.shape[1] // height, -(-height // TILE), most, TILE_ROWS), np.float32)
-    for start in range(0, len(input), TOKENS):
-        tokens = min(TOKENS, len(input) - start)
-        _copy_inputs(input[start : start + tokens], width, blocks, parts)
-        _copy_gradients(gradient[start : start + tokens], height, tiles, parts)
-        for part in prange(parts):
-            edge = np.empty((TILE, 2 * LANES), np.float32)
-            for block in range(len(rows) * part // parts, len(rows) * (part + 1) // parts):
-                row, column = rows[block], columns[block]
-                corner = result[row * height :, column * width :]
-                _add_block(tiles[row], blocks[column], tokens, height, width, edge, corner)
-
-
-def add_weight_gradient(gradient, input, rows, columns, block_shape: tuple[int, int], result) -> None:
-    """Add the gradient of the weight to its kept blocks.
+def write_input_gradient(gradient, packed, offsets, columns, height, result, parts):
+    """result = gradient @ weight, a tile of tokens at a time.
 
     Args:
-        gradient: (tokens, out) contiguous float32.
-        input: (tokens, in) contiguous float32.
-        rows: (blocks,) the block row of each kept block, ascending.
-        columns: (blocks,) its block column.
-        block_shape: (out, in) of a block.
-        result: (out, in) contiguous float32.
+        gradient: (tokens, out).
+        packed: (columns, padded height) the kept columns of the weight.
+        offsets: (rows of blocks + 1,) where each begins in the list of columns.
+        columns: (columns,) their places in the weight.
+        height: rows of a block.
+        result: (tokens, in).
+        parts: of the work.
     """
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    run_on_threads(threads, _add_blocks, gradient, input, rows, columns, *block_shape, result, threads)
+    tokens, in_features = result.shape
+    starts, places = np.arange(len(packed)) * packed.shape[1], columns.astype(np.int64) * WIDTH
+    tiles = -(-tokens // WIDTH)
+    for part in prange(parts):
+        slope = np.zeros((gradient.shape[1], WIDTH), np.float32)
+        tile = np.empty((in_features + 1, WIDTH), np.float32)  # with a row to spare
+        for item in range(tiles * part // parts, tiles * (part + 1) // parts):
+            base, count = item * WIDTH, min(WIDTH, tokens - item * WIDTH)
+            transpose(gradient[base : base + count], slope)
+            tile[:] = 0
+            for row in range(len(offsets) - 1):
+                kept = slice(offsets[row], offsets[row + 1])
+                matrix = slope[row * height :].reshape(-1)
+                weights = packed.reshape(-1), starts[kept], height
+                add_rows_product(*weights, matrix, WIDTH, tile.reshape(-1), places[kept], in_features * WIDTH, 2)
+            transpose(tile[:in_features, :count], result[base : base + count])
+
+
+@compiled(parallel=True)
+def _copy_tokens(gradient, input, height, slopes, inputs, parts):
+    """slopes[row, t, h] = gradient[t, row * height + h] and inputs[k, t] = input[t, k]."""
+    tokens, in_features = input.shape
+    for part in prange(parts):
+        left, right = in_features * part // parts, in_features * (part + 1) // parts
+        transpose(input[:, left:right], inputs[left:right])
+        for t in range(tokens * part // parts, tokens * (part + 1) // parts):
+            for row in range(len(slopes)):
+                for h in range(height):
+                    slopes[row, t, h] = gradient[t, row * height + h]
+
+
+@compiled()
+def _add_columns(inputs, starts, tokens, slope, packed, places):
+    """Add to some columns of one row of blocks: the products of their inputs with the gradients of its outputs."""
+    padded_height = packed.shape[1]
+    spare = packed.size - padded_height
+    for base in range(0, tokens, FEW_TOKENS):
+        factors, some = inputs.reshape(-1)[base:], min(FEW_TOKENS, tokens - base)
+        for top in range(0, padded_height, WIDTH):
+            vectors = min(2, (padded_height - top) // LANES)
+            matrix, result = slope[base:].reshape(-1)[top:], packed.reshape(-1)[top:]
+            add_rows_product(factors, starts, some, matrix, padded_height, result, places, spare, vectors)
+
+
+@compiled(parallel=True)
+def add_weight_gradient(gradient, input, offsets, columns, height, packed, parts):
+    """packed += the kept columns of gradient.T @ input; each part of the work has as many of them as any other.
+
+    Args:
+        gradient: (tokens, out).
+        input: (tokens, in).
+        offsets: (rows of blocks + 1,) where each begins in the list of columns.
+        columns: (columns,) their places in the weight.
+        height: rows of a block.
+        packed: (columns + 1, padded height), the last row to spare.
+        parts: of the work.
+    """
+    tokens, count = len(input), len(columns)
+    most = min(TOKENS, tokens)
+    slopes = np.zeros((len(offsets) - 1, most, packed.shape[1]), np.float32)
+    inputs = np.empty((input.shape[1], most + LANES), np.float32)  # at a distance that is no power of two
+    starts, places = columns.astype(np.int64) * inputs.shape[1], np.arange(count) * packed.shape[1]
+    for base in range(0, tokens, TOKENS):
+        some = min(TOKENS, tokens - base)
+        _copy_tokens(gradient[base : base + some], input[base : base + some], height, slopes, inputs, parts)
+        for part in prange(parts):
+            first, last = count * part // parts, count * (part + 1) // parts
+            while first < last:
+                row = row_of(offsets, first)
+                end = min(last, offsets[row + 1])
+                _add_columns(inputs, starts[first:end], some, slopes[row], packed, places[first:end])
+                first = end

@@ -155,7 +155,7 @@ def _emit_product(
     result_stride,
 ):
     number = INTEGERS if kind == INT8 else VECTOR
-    multiply_add = {FLOAT32: _multiply_floats, BFLOAT16: _multiply_bfloats, INT8: _multiply_bytes}[kind]
+    multiply_add = {FLOAT32: multiply_floats, BFLOAT16: _multiply_bfloats, INT8: _multiply_bytes}[kind]
     # LLVM turns these into registers.
     sums = [[cgutils.alloca_once(builder, number) for _ in range(vectors)] for _ in range(tokens)]
     for v in range(vectors):
@@ -203,7 +203,7 @@ def called(builder, name, returned, *args):
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
 
 
-def _multiply_floats(builder, total, factor, weights):
+def multiply_floats(builder, total, factor, weights):
     return called(builder, f"llvm.fma.v{LANES}f32", VECTOR, factor, weights, total)
 
 

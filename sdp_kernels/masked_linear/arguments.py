@@ -19,7 +19,7 @@ class MaskArguments(TypedDict):
 
     mask: Tensor  # bool, or int32 words
     lists: list[Tensor]  # of the kept blocks, in the order of `ActiveBlocks`; empty where they are no use
-    block_rows: int  # 0 without lists
+    block_rows: int  # 0 without blocks to walk along
     block_columns: int
 
 
@@ -27,22 +27,21 @@ def mask_arguments(mask: Tensor | BitMask, backend: str, input: Tensor) -> MaskA
     """The mask for an operator that runs on this backend with this input."""
     lists: list[Tensor] = []
     sides = 0, 0
-    if isinstance(mask, BitMask) and _walks_lists(mask, backend, input):
-        assert mask.lists is not None
-        assert mask.block_shape is not None
-        blocks, sides = mask.lists, mask.block_shape
-        lists = [blocks.crow_indices, blocks.col_indices, blocks.ccol_indices, blocks.row_indices]
+    if isinstance(mask, BitMask) and mask.block_shape is not None and _walks_blocks(mask, backend, input):
+        sides = mask.block_shape
+        if mask.lists is not None:
+            blocks = mask.lists
+            lists = [blocks.crow_indices, blocks.col_indices, blocks.ccol_indices, blocks.row_indices]
     return {"mask": as_tensor(mask), "lists": lists, "block_rows": sides[0], "block_columns": sides[1]}
 
 
-def _walks_lists(mask: BitMask, backend: str, input: Tensor) -> bool:
-    """Whether a product on this backend may go along the lists of this mask."""
-    if backend == "reference" or mask.lists is None or mask.block_shape is None:
-        return False
+def _walks_blocks(mask: BitMask, backend: str, input: Tensor) -> bool:
+    """Whether a product on this backend may go along the blocks of this mask."""
     if backend == "triton":
         many = input.numel() > FEW_TOKENS * input.shape[-1]  # with few, what counts is how much of the weight is read
-        return set(mask.block_shape) <= set(KERNEL_SIDES) and not (many and mask.mostly_kept)
-    return True
+        takes = mask.lists is not None and set(mask.block_shape or ()) <= set(KERNEL_SIDES)
+        return takes and not (many and mask.mostly_kept)
+    return backend == "cpu"
 
 
 class Masking(NamedTuple):
@@ -57,6 +56,13 @@ class Masking(NamedTuple):
     def blocks(self) -> ActiveBlocks:
         """The lists, if there are any."""
         return ActiveBlocks(*self.lists)
+
+    def bit_mask(self, weight: Tensor) -> BitMask | None:
+        """The mask of this weight, if it is made of blocks."""
+        if 0 in self.block_shape:
+            return None
+        lists = self.blocks if self.lists else None
+        return BitMask(self.mask, (weight.shape[0], weight.shape[1]), self.block_shape, lists)
 
 
 class Teacher(NamedTuple):

@@ -4,18 +4,19 @@ A weight whose zeros stand in place (`zero_`) costs nothing more than the dense 
 pruned values must survive. What it does then depends on where the time goes (products.py): few tokens wait for memory,
 and the mask is applied in registers; many tokens pay for a masked copy that lives for one cuBLAS product, because a
 kernel of ours would be slower than that; and a mask of whole blocks saves work, so all three products walk along the
-list of kept blocks as long as these are few. Lists are padded to the full grid and read on the device: a pruning step
-neither recompiles nor breaks a CUDA graph.
+kept blocks as long as these are few. On a GPU their lists are padded to the full grid and read on the device: a pruning
+step neither recompiles nor breaks a CUDA graph. The compiled engine of a CPU reads the words of the mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sdp_kernels.checks import check_choice, check_floating, check_same_device, check_shape
-from sdp_kernels.dispatch import OFFERS, autocast_dtype, choose_backend, without_autocast
+from sdp_kernels.dispatch import OFFERS, autocast_dtype, choose_backend, is_watched, without_autocast
 from sdp_kernels.masked_linear.arguments import Masking, mask_arguments
 from sdp_kernels.masked_linear.products import gated_gradient, input_gradient, output_of, weight_gradient
 from sdp_kernels.masks import BitMask, check_mask
@@ -36,12 +37,13 @@ def masked_linear(
     backward besides the weight itself. Pruned values survive in `weight` and may even be NaN. Where they need not
     survive, `zero_` and a plain `F.linear` are cheaper.
 
-    With a `BitMask` that has lists of blocks, all three products visit the kept blocks only: on a GPU blocks whose
-    sides are 16, 32, 64 or 128, unless the mask is `mostly_kept` and there are more than 256 tokens; on a CPU up to a
-    density of 0.5 in float32 by a compiled engine (with numba, the extra `cpu`), and otherwise up to 0.3 in float32 and
-    float64. Any other mask is applied to the weight in registers on a GPU with up to 256 tokens, and otherwise to a
-    copy that lives for one dense product and is made again in backward, where the result is that of `F.linear` bit
-    for bit.
+    With a `BitMask` of blocks, all three products visit the kept blocks only: on a GPU blocks whose sides are 16, 32,
+    64 or 128, unless the mask is `mostly_kept` and there are more than 256 tokens; on a CPU blocks that are at least 16
+    high, however narrow they are, up to a density of 0.5 in float32 by a compiled engine (with numba, the extra `cpu`),
+    and otherwise blocks whose sides are at least 16, up to 0.3 in float32 and float64. Any other mask is applied to the
+    weight in registers on a GPU with up to 256 tokens, and otherwise to a copy that lives for one dense product and is
+    made again in backward, where the result is that of `F.linear` bit for bit; on a CPU a mask that keeps everything
+    needs no copy.
 
     Args:
         input: (..., in), any float dtype.
@@ -69,17 +71,12 @@ def masked_linear(
     """
     autocast = check_arguments(input, weight, mask, bias, block_gate, gradient)
     backend = choose_backend("masked_linear", (input, weight), OFFERS)
-    output: Tensor = _masked_linear(
-        input=input,
-        weight=weight,
-        bias=bias,
-        block_gate=block_gate,
-        **mask_arguments(mask, backend, input),
-        dense_gradient=gradient == "dense",
-        dtype=autocast,
-        backend=backend,
-    )
-    return output
+    parts = mask_arguments(mask, backend, input)
+    direct = backend == "cpu" and not is_watched(input, weight, parts["mask"])
+    run: Callable[..., Tensor] = _Direct.apply if direct else _masked_linear
+    sides = parts["block_rows"], parts["block_columns"]
+    tensors = input, weight, parts["mask"], bias, block_gate, parts["lists"]
+    return run(*tensors, *sides, gradient == "dense", autocast, backend)
 
 
 def check_arguments(
@@ -120,8 +117,7 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None, block_gat
             )
 
 
-@torch.library.custom_op("sdp_kernels::masked_linear", mutates_args=())
-def _masked_linear(
+def _product(
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
@@ -141,13 +137,15 @@ def _masked_linear(
         return output_of(input.to(dtype), weight, None if bias is None else bias.to(dtype), masking)
 
 
+_masked_linear = torch.library.custom_op("sdp_kernels::masked_linear", _product, mutates_args=())
+
+
 @_masked_linear.register_fake
 def _(input: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=others[-2])
 
 
-@torch.library.custom_op("sdp_kernels::masked_linear_backward", mutates_args=())
-def masked_linear_backward(
+def _gradients(
     gradient: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -182,6 +180,9 @@ def masked_linear_backward(
     return of_input, of_weight, of_gate.to(weight.dtype)
 
 
+masked_linear_backward = torch.library.custom_op("sdp_kernels::masked_linear_backward", _gradients, mutates_args=())
+
+
 @masked_linear_backward.register_fake
 def _(gradient: Tensor, input: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     gate_rows, gate_columns, _, need_input, need_weight, need_gate, _ = others[-7:]
@@ -200,11 +201,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.gate = None if block_gate is None else (block_gate.shape, block_gate.dtype)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, gradient: Tensor, make: Callable[..., Any] = masked_linear_backward) -> tuple[Any, ...]:
     input, weight, mask, *lists = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_gate = ctx.needs_input_grad[:5]
     grid, gate_dtype = ctx.gate or ((1, 1), weight.dtype)
-    of_input, of_weight, of_gate = masked_linear_backward(
+    of_input, of_weight, of_gate = make(
         gradient=gradient,
         input=input,
         weight=weight,
@@ -233,3 +234,18 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 _masked_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without the way through torch's dispatcher, which takes as long as a small product."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # a setup_context of its own would cost the binding of all arguments
+        output = _product(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, gradient, _gradients)[:5], *[None] * 6

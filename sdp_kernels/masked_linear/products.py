@@ -1,15 +1,15 @@
 """The three products of a masked linear map, each by what was chosen for the mask, the tokens and the backend.
 
-Lists of blocks are walked along where there are any and that is worth it; few tokens on a GPU meet a weight that is
+Kept blocks are walked along where there are any and that is worth it; few tokens on a GPU meet a weight that is
 masked in registers; everything else multiplies densely with a masked copy, or masks the dense gradient.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdp_kernels.masked_linear import cpu
 from sdp_kernels.masked_linear.arguments import Masking, Teacher, has_kernel
-from sdp_kernels.masks import block_grid, mask_, masked, unpack_bits
+from sdp_kernels.masks import BitMask, block_grid, keeps_everything, mask_, masked
 from sdp_kernels.tiles.launch import KERNEL_SIDES
 
 
@@ -18,10 +18,8 @@ def output_of(input: Tensor, weight: Tensor, bias: Tensor | None, masking: Maski
     rows = input.reshape(-1, input.shape[-1])
     if masking.backend == "triton" and has_kernel(masking.lists, len(rows)):
         output, _ = kernel_product(rows, weight, bias, masking)
-    elif _walks_blocks(rows, masking):
-        from sdp_kernels.masked_linear.cpu import product
-
-        output = product(rows, weight.to(rows.dtype), bias, masking.blocks, masking.block_shape)
+    elif (blocks := _blocks_on_cpu(rows, weight, masking)) is not None:
+        output = cpu.product(rows, weight.to(rows.dtype), bias, blocks)
     else:
         return F.linear(input, _masked_copy(weight, masking).to(input.dtype), bias)
     return output.view(*input.shape[:-1], weight.shape[0])
@@ -48,10 +46,8 @@ def input_gradient(rows: Tensor, weight: Tensor, masking: Masking) -> Tensor:
     """(tokens, out) gradients of the output times the masked weight."""
     if masking.backend == "triton" and has_kernel(masking.lists, len(rows)):
         return kernel_product(rows, weight, None, masking, transposed=True)[0]
-    if _walks_blocks(rows, masking):
-        from sdp_kernels.masked_linear import cpu
-
-        return cpu.input_gradient(rows, weight.to(rows.dtype), masking.blocks, masking.block_shape)
+    if (blocks := _blocks_on_cpu(rows, weight, masking)) is not None:
+        return cpu.input_gradient(rows, weight.to(rows.dtype), blocks)
     return rows @ _masked_copy(weight, masking).to(rows.dtype)
 
 
@@ -65,13 +61,12 @@ def weight_gradient(rows: Tensor, columns: Tensor, weight: Tensor, masking: Mask
         masking: which weights are pruned, and on what it runs.
         dense: leave the gradient of pruned weights.
     """
-    if not dense and _walks_blocks(rows, masking):
-        if masking.backend == "triton":
-            from sdp_kernels.masked_linear.kernel_gradient import weight_gradient as by_blocks
-        else:
-            from sdp_kernels.masked_linear.cpu import weight_gradient as by_blocks
+    if not dense and masking.backend == "triton" and masking.lists:
+        from sdp_kernels.masked_linear.kernel_gradient import weight_gradient as by_blocks
 
         return by_blocks(rows, columns, weight, masking.blocks, masking.block_shape)
+    if not dense and (blocks := _blocks_on_cpu(rows, weight, masking)) is not None:
+        return cpu.weight_gradient(rows, columns, weight, blocks)
     result = (rows.T @ columns).to(weight.dtype)
     if not dense:
         _zero_fresh_(result, masking)
@@ -94,18 +89,16 @@ def gated_gradient(
     return result, gate
 
 
-def _walks_blocks(rows: Tensor, masking: Masking) -> bool:
-    """Whether a product goes along the lists of kept blocks."""
-    if not masking.lists or masking.backend == "triton":
-        return bool(masking.lists)
-    from sdp_kernels.masked_linear.cpu import worthwhile
-
-    return worthwhile(rows, masking.blocks)
+def _blocks_on_cpu(rows: Tensor, weight: Tensor, masking: Masking) -> BitMask | None:
+    """The mask, if a product on a CPU goes along its kept blocks."""
+    mask = masking.bit_mask(weight) if masking.backend == "cpu" else None
+    return mask if mask is not None and cpu.worthwhile(rows.dtype, mask) else None
 
 
 def _masked_copy(weight: Tensor, masking: Masking) -> Tensor:
+    """The masked weight; itself, if a mask on a CPU keeps everything: to ask another device would stall it."""
     if masking.backend != "triton":
-        return masked(weight, _bools(masking.mask, weight))
+        return weight if keeps_everything(masking.mask, weight) else masked(weight, masking.mask)
     from sdp_kernels.masked_linear.kernel_zero import masked_copy
 
     return masked_copy(weight, masking.mask)
@@ -117,10 +110,5 @@ def _zero_fresh_(gradient: Tensor, masking: Masking) -> None:
         from sdp_kernels.masked_linear.kernel_zero import masked_copy
 
         masked_copy(gradient, masking.mask, out=gradient)
-    else:
-        mask_(gradient, _bools(masking.mask, gradient))
-
-
-def _bools(mask: Tensor, weight: Tensor) -> Tensor:
-    """The mask of a weight as bools, from those or from int32 words."""
-    return mask if mask.dtype == torch.bool else unpack_bits(mask, weight.shape[1])
+    elif not keeps_everything(masking.mask, gradient):
+        mask_(gradient, masking.mask)

@@ -22,8 +22,8 @@ class BitMask:
         words: (rows, ceil(columns / 32)) int32.
         shape: (rows, columns) of the weight.
         block_shape: (rows, columns) of the blocks that are kept or pruned as a whole, or None.
-        lists: the kept blocks, which products walk along; made with the mask for blocks whose sides are 16 or
-            more, otherwise None.
+        lists: the kept blocks, which products on a GPU and in plain torch walk along; made with the mask for blocks
+            whose sides are 16 or more, otherwise None. The compiled engine of a CPU reads the words instead.
         mostly_kept: whether so many blocks are kept that dense products are faster on a GPU. Set when the mask is
             made, from what the host knows: to ask the device would stall it.
 

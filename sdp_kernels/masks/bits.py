@@ -34,12 +34,26 @@ def unpack_bits(words: Tensor, columns: int) -> Tensor:
     Looks every byte up among the 256 patterns of eight weights, which is far faster than shifting bits out.
     """
     _require_little_endian()
-    octets = words.flatten().view(torch.uint8)
+    octets = words.contiguous().flatten().view(torch.uint8)
     # What is made inside of a capture holds nothing yet: it belongs to the graph and must not be kept for others.
     make = _make_patterns if is_captured(words) else _patterns
     patterns = make(words.device).index_select(0, octets.int())
     mask = patterns.view(torch.bool).view(words.shape[0], words.shape[1] * WORD_BITS)
     return mask[:, :columns].contiguous()
+
+
+def unpack_fields(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """(rows, ceil(columns / 32)) int32 on a CPU -> (rows, columns) integers with all bits set, or none."""
+    _require_little_endian()
+    octets = words.contiguous().flatten().view(torch.uint8)
+    fields = _fields(dtype).index_select(0, octets.int())
+    return fields.view(words.shape[0], words.shape[1] * WORD_BITS)[:, :columns]
+
+
+@functools.cache
+def _fields(dtype: torch.dtype) -> Tensor:
+    """(256, 8) integers, -1 for every bit of their index that is set, the lowest first."""
+    return _make_patterns(torch.device("cpu"))[:, None].view(torch.uint8).to(dtype).neg_()
 
 
 @torch.library.custom_op("sdp_kernels::unpack_bits", mutates_args=())

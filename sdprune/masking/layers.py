@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from sdp_kernels import BitMask, masked_linear, zero_
 from sdp_kernels.masked_linear.cpu import worthwhile
-from sdp_kernels.masks import ActiveBlocks
+from sdp_kernels.masks import ActiveBlocks, masked
 from sdprune.masking.linears import is_linear, matrix, more_than_linear
 from sdprune.methods.criteria import expected_gate, sampled_gate
 
@@ -31,14 +31,14 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(words, weight if gate is not None else None)
         if zeros_in_place:
             return weight.view_as(weight)
-        return torch.where(_kept(words, weight), weight, 0)
+        return masked(weight, _kept(words, weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         words, weight = ctx.saved_tensors
         # in half precision the product of two small numbers would be 0
         sensitivity = None if weight is None else grad.float() * weight.float()
-        return torch.where(_kept(words, grad), grad, 0), None, sensitivity, None
+        return masked(grad, _kept(words, grad)), None, sensitivity, None
 
 
 def _kept(words: Tensor, weight: Tensor) -> Tensor:
@@ -261,11 +261,11 @@ class MaskedLinear(nn.Linear):
 
     def _choose_product(self) -> None:
         # A bool, not the density: compiled code depends on it, and a pruning step must not compile anew.
-        lists, kind = self.bit_mask.lists, self.mask.device.type
-        if lists is not None and kind == "cpu":
-            self._few_blocks = worthwhile(self.weight, lists)
+        kind = self.mask.device.type
+        if kind == "cpu":
+            self._few_blocks = worthwhile(self.weight.dtype, self.bit_mask)
         else:
-            self._few_blocks = lists is not None and kind == "cuda" and 1.0 - self.sparsity <= MOST_DENSE
+            self._few_blocks = self.has_lists and kind == "cuda" and 1.0 - self.sparsity <= MOST_DENSE
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from sdp_kernels import BitMask, masked_linear, use_backend
 from sdp_kernels.masked_linear import arguments
+from sdp_kernels.masks import masking
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 31), (2, 32), (5, 33), (7, 64), (4, 100), (1, 257), (0, 5), (3, 0)])
@@ -53,6 +54,34 @@ def test_blocks() -> None:
     again = BitMask.from_bool(dense, block_shape=(4, 14))
     assert again.block_shape == (4, 14)
     assert again.equal(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("shape", [(3, 31), (5, 64), (2, 100), (0, 5)])
+def test_words_mask_as_bools_do(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact zeros in NaN, in several chunks, and the same layout of memory in a copy."""
+    monkeypatch.setattr(masking, "CHUNK_ELEMENTS", 2 * shape[1])
+    keep = torch.rand(shape) < 0.5
+    weight = torch.where(keep, torch.randn(shape), torch.nan).to(dtype).T.contiguous().T
+    expected = torch.where(keep, weight.double(), 0)
+    for mask in (keep, BitMask.from_bool(keep).words):
+        copy = masking.masked(weight, mask)
+        assert torch.equal(copy.double(), expected)
+        assert copy.stride() == weight.stride()
+        masking.mask_(changed := weight.clone(), mask)
+        assert torch.equal(changed.double(), expected)
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64])
+def test_sees_whether_everything_is_kept(columns: int) -> None:
+    """The bits past the last column do not count; a device is not asked."""
+    keep, weight = torch.ones(3, columns, dtype=torch.bool), torch.ones(3, columns)
+    assert masking.keeps_everything(keep, weight)
+    assert masking.keeps_everything(BitMask.from_bool(keep).words, weight)
+    assert not masking.keeps_everything(keep.to("meta"), weight.to("meta"))
+    keep[2, -1] = False
+    assert not masking.keeps_everything(keep, weight)
+    assert not masking.keeps_everything(BitMask.from_bool(keep).words, weight)
 
 
 def test_equal_compares_shape_and_bits() -> None:

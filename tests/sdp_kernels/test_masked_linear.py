@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdp_kernels import BitMask, masked_linear, use_backend, zero_
 from sdp_kernels.masked_linear import arguments, cpu
@@ -127,6 +128,28 @@ def test_operator_is_registered_rightly(packed: bool, with_extras: bool) -> None
     for dense, dtype in ((False, None), (True, torch.bfloat16)):
         rest: tuple[Any, ...] = ([], 0, 0, dense, dtype, "cpu")
         torch.library.opcheck(torch.ops.sdp_kernels.masked_linear, (*arguments, *rest), atol=1e-2, rtol=1e-2)
+
+
+def test_the_operator_is_seen_where_something_watches() -> None:
+    """Elsewhere its function is called directly; neither has second derivatives."""
+    seen: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **kwargs or {})
+
+    input, weight, mask, bias = problem()
+    input, weight = input.requires_grad_(), weight.requires_grad_()
+    with Recorder():
+        watched = masked_linear(input, weight, mask, bias)
+    assert "sdp_kernels.masked_linear.default" in seen
+    output = masked_linear(input, weight, mask, bias)
+    assert torch.equal(output, watched)
+    for result in (output, watched):
+        (gradient,) = torch.autograd.grad(result.square().sum(), input, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"differentiate twice|no autograd formula"):
+            gradient.sum().backward()
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -139,6 +139,24 @@ def test_lists_of_blocks_follow_a_loaded_mask_and_change_in_place():
     torch.testing.assert_close(other(rows), layer(rows))
 
 
+@pytest.mark.parametrize("keep_pruned_values", [False, True])
+def test_narrow_blocks_are_walked_along_too(keep_pruned_values):
+    pytest.importorskip("numba")
+    layer = MaskedLinear(40, 64, block_shape=(32, 1), keep_pruned_values=keep_pruned_values)
+    rows = torch.randn(3, 40)
+    assert not layer._walks_blocks(rows)
+    layer.set_mask(BitMask.from_blocks(torch.arange(80).view(2, 40) % 5 == 0, (32, 1), (64, 40)))
+    assert layer._walks_blocks(rows)
+    assert set(layer.state_dict()) == {"weight", "bias", "mask"}
+    expected = functional.linear(rows, torch.where(layer.bit_mask.to_bool(), layer.weight, 0), layer.bias)
+    torch.testing.assert_close(layer(rows), expected)
+    layer(rows).square().sum().backward()
+    assert torch.equal(layer.weight.grad != 0, layer.bit_mask.to_bool())
+    other = MaskedLinear(40, 64, block_shape=(32, 1), keep_pruned_values=keep_pruned_values)
+    other.load_state_dict(layer.state_dict())
+    assert other._walks_blocks(rows)
+
+
 def test_autocast_and_half_precision_stay_dense_on_a_cpu():
     layer = MaskedLinear(64, 64, block_shape=(32, 32))
     layer.set_mask(BitMask.from_blocks(torch.tensor([[True, False], [False, False]]), (32, 32), (64, 64)))
