@@ -3,13 +3,14 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sdp_kernels import BitMask, BlockSparseMatrix
-from sdprune.formats.form import BLOCK, BLOCK_SHAPES, DENSE, NARROW, UNSTRUCTURED, Form
+from sdprune.formats.form import BLOCK, BLOCK_SHAPES, DENSE, INT8, INT8_BLOCK, NARROW, UNSTRUCTURED, Form
 from sdprune.formats.record import LayerRecord
 
 WORTHWHILE = 0.9  # of the dense bytes: less is not worth another layer
@@ -20,12 +21,23 @@ Tensors = dict[str, Tensor]
 def pack(weight: Tensor, form: Form, *, removed: str | None = None, rows: Tensor | None = None) -> Tensors:
     """Return the tensors that store a weight in a form; what is zero throughout is left out.
 
+    What int8 tensors stand for packs into the very same tensors again: see `quantize_rows`.
+
     Args:
         weight: (out, in).
-        form: any but dense.
+        form: any but dense, unless in int8.
         removed: of "narrow", the only side that is narrowed: "rows" or "columns"; None: both.
         rows: with removed="rows", those that stay, whether or not they hold anything.
+
+    Raises:
+        ValueError: NaN among the weights of blocks, or a value that is not finite in int8.
     """
+    form = form.stored
+    if form.precision == INT8:
+        integers, scales = quantize_rows(weight)  # first: what becomes 0 is left out
+        tensors = pack(integers.float(), replace(form, precision=None), removed=removed, rows=rows)
+        scales = scales[tensors["rows"].long()] if form.structure == NARROW else scales
+        return tensors | {"weight": tensors["weight"].to(torch.int8), "scales": scales}
     if form.block_shape is not None:
         matrix = BlockSparseMatrix.from_dense(weight, form.block_shape)
         return {"weight": matrix.values, "crow_indices": matrix.crow_indices, "col_indices": matrix.col_indices}
@@ -38,17 +50,55 @@ def pack(weight: Tensor, form: Form, *, removed: str | None = None, rows: Tensor
     return {"weight": weight[kept], "mask": BitMask.from_bool(kept).words}
 
 
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight (out, in) in int8 and the scales of its rows, as `BlockSparseMatrix.quantize` makes them.
+
+    It is done twice, so that it can be done again: from the first time on the largest value of a row is 127 times its
+    scale as float32 rounds it, and from the second time on that gives the same scale. So integers * scales, in float32,
+    becomes the same integers and scales.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    sides = (weight.shape[0], weight.shape[1])
+    matrix = BlockSparseMatrix.from_dense(weight, sides, torch.ones_like(weight, dtype=torch.bool))
+    matrix = matrix.quantize().dequantize().quantize()
+    assert matrix.scales is not None
+    return matrix.values[0], matrix.scales
+
+
+def quantize_grid(weight: Tensor) -> BlockSparseMatrix:
+    """Return a weight (out, in) as an int8 matrix in blocks of `INT8_BLOCK`, of which all are kept."""
+    return grid_of(*quantize_rows(weight))
+
+
+def grid_of(integers: Tensor, scales: Tensor) -> BlockSparseMatrix:
+    """Return an int8 matrix (out, in) with the scales of its rows, in blocks of `INT8_BLOCK` that are all kept."""
+    blocks = BlockSparseMatrix.from_dense(integers.float(), INT8_BLOCK, torch.ones_like(integers, dtype=torch.bool))
+    indices = blocks.crow_indices, blocks.col_indices
+    return BlockSparseMatrix(blocks.values.to(torch.int8), *indices, blocks.shape, INT8_BLOCK, scales=scales)
+
+
 def unpack(tensors: Mapping[str, Tensor], record: LayerRecord) -> Tensor:
-    """Return the dense weight (out, in) that was packed."""
-    values = tensors["weight"].detach()
+    """Return the dense weight (out, in) that was packed; float32 where it was packed in int8."""
+    values, scales = tensors["weight"].detach(), tensors.get("scales")
     if record.block_shape is not None:
         crow, col = tensors["crow_indices"], tensors["col_indices"]
-        return BlockSparseMatrix(values, crow, col, record.shape, record.block_shape).to_dense().contiguous()
-    dense = values.new_zeros(record.shape)
+        matrix = BlockSparseMatrix(values, crow, col, record.shape, record.block_shape, scales=scales)
+        return matrix.to_dense().contiguous()
     if record.structure == NARROW:
+        values = values if scales is None else values * scales[:, None]
+        dense = values.new_zeros(record.shape)
         dense[tensors["rows"].long()[:, None], tensors["columns"].long()] = values
         return dense
-    return dense.masked_scatter_(BitMask(tensors["mask"], record.shape).to_bool(), values)
+    dense = scatter(tensors, record.shape)
+    return dense if scales is None else dense * scales[:, None]
+
+
+def scatter(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """Return the dense matrix of values that were stored under a bit mask, without their scales."""
+    values = tensors["weight"].detach()
+    return values.new_zeros(shape).masked_scatter_(BitMask(tensors["mask"], shape).to_bool(), values)
 
 
 def make_record(
@@ -61,8 +111,11 @@ def make_record(
     consumer: str | None = None,
 ) -> LayerRecord:
     """Describe packed tensors."""
+    form = form.stored
     kept = tuple(tensors["weight"].shape[: 1 if form.structure == BLOCK else 2])
-    return LayerRecord(form.structure, shape, kept, digest(tensors), form.block_shape, transposed, removed, consumer)
+    return LayerRecord(
+        form.structure, shape, kept, digest(tensors), form.block_shape, transposed, removed, consumer, form.precision
+    )
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

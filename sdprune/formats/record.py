@@ -52,11 +52,12 @@ class LayerRecord:
     transposed: bool = False
     removed: str | None = None
     consumer: str | None = None
+    precision: str | None = None
 
     @property
     def form(self) -> Form:
-        """Structure and block shape."""
-        return Form(self.structure, self.block_shape)
+        """Structure, block shape and precision."""
+        return Form(self.structure, self.block_shape, self.precision)
 
     @property
     def density(self) -> float:
