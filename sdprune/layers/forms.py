@@ -1,6 +1,6 @@
 """From one form of a layer to another: dense to pruned, stored tensors to what computes with them, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,11 +83,17 @@ def dense_copy(model: Model, *, keep: tuple[type[PrunedLinear], ...] = ()) -> Mo
         keep: layers that stay pruned in the copy too.
     """
     copy = sharing_copy(model)
-    for name, module in list(copy.named_modules()):
+    for name, module in list(_whole_layers(copy)):
         masked = is_plain_linear(module) and getattr(module, "bit_mask", None) is not None
         if masked or (isinstance(module, PrunedLinear) and not isinstance(module, keep)):
             put_layer(copy, name, _dense_of(module))
     return copy
+
+
+def int8_names(model: nn.Module) -> list[str]:
+    """Return the names of the int8 layers."""
+    layers = ((name, module) for name, module in _whole_layers(model) if isinstance(module, PrunedLinear))
+    return [name for name, layer in layers if not layer.weight.is_floating_point()]
 
 
 def plain_copy(model: Any) -> Any:
@@ -108,6 +114,15 @@ def plain_copy(model: Any) -> Any:
             if hasattr(module_config, "_is_quantized"):
                 del module_config._is_quantized
     return dense
+
+
+def _whole_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, but for what pruned layers are made of."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(inside):
+            inside += (f"{name}.",) if isinstance(module, PrunedLinear) else ()
+            yield name, module
 
 
 def _dense_of(module: Any) -> nn.Module:
