@@ -99,11 +99,7 @@ def export(
             format = "portable" if sparse else "plain"
         if format == "compact" and not records:
             raise ValueError("format must be 'plain': no layer of the model has enough zeros to be stored smaller")
-        zeros = {name: share for name, share in measure_sparsity(dense, dense_names(dense)).layers.items() if share}
-        section: dict[str, Any] = {"version": 1, "format": format, "layers": zeros}
-        if config is not None:
-            section["pruning"] = {name: public_name(value) for name, value in config.to_dict().items()}
-        dense.config.sdprune = section
+        dense.config.sdprune = _section(dense, format, config, INT8 if int8 else None)
         if format != "plain":
             dense.config.quantization_config = SDPruneQuantizationConfig.of(records).to_dict()
         with new_directory(Path(directory)) as folder:
@@ -142,6 +138,17 @@ def _check_model(model: Any) -> None:
                 raise ValueError(f"model: layer {name!r} ({type(module).__name__}) would be loaded as another: {fault}")
         if is_linear(module) and isinstance(module.weight, Tensor) and "weight" not in dict(module.named_parameters()):
             raise ValueError(f"model: layer {name!r} cannot be saved under its own names: {more_than_linear(module)}")
+
+
+def _section(dense: Any, format: str, config: SDPruneConfig | None, precision: str | None) -> dict[str, Any]:
+    """What config.json tells of the pruning, in its field `sdprune`."""
+    zeros = {name: share for name, share in measure_sparsity(dense, dense_names(dense)).layers.items() if share}
+    section: dict[str, Any] = {"version": 1, "format": format, "layers": zeros}
+    if precision is not None:
+        section["precision"] = precision
+    if config is not None:
+        section["pruning"] = {name: public_name(value) for name, value in config.to_dict().items()}
+    return section
 
 
 def _int8_layers(model: Any, dense: Any, plan: Plan | None, precision: str | None) -> set[str]:

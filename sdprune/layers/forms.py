@@ -11,7 +11,7 @@ from sdprune.formats.pack import grid_of, make_record, pack, scatter, unpack
 from sdprune.formats.record import LayerRecord
 from sdprune.layers.block_sparse import BlockSparseLinear
 from sdprune.layers.dense import Model, dense_layer, is_plain_linear, pruned_weight, sharing_copy
-from sdprune.layers.narrow import NarrowInt8Linear, NarrowLinear, RemovedInt8Linear, RemovedLinear
+from sdprune.layers.narrow import NarrowInt8Linear, NarrowLinear, RemovedInt8Linear, RemovedLinear, SmallerInt8
 from sdprune.layers.pruned import PrunedLinear
 from sdprune.masking.linears import is_conv1d, put_layer
 
@@ -80,13 +80,16 @@ def dense_copy(model: Model, *, keep: tuple[type[PrunedLinear], ...] = ()) -> Mo
 
     Args:
         model: stays as it is.
-        keep: layers that stay pruned in the copy too.
+        keep: layers that stay pruned in the copy too, in floating point.
     """
     copy = sharing_copy(model)
     for name, module in list(_whole_layers(copy)):
-        masked = is_plain_linear(module) and getattr(module, "bit_mask", None) is not None
-        if masked or (isinstance(module, PrunedLinear) and not isinstance(module, keep)):
-            put_layer(copy, name, _dense_of(module))
+        layer = module.dequantize() if isinstance(module, SmallerInt8) else module
+        masked = is_plain_linear(layer) and getattr(layer, "bit_mask", None) is not None
+        if masked or (isinstance(layer, PrunedLinear) and not isinstance(layer, keep)):
+            layer = _dense_of(layer)
+        if layer is not module:
+            put_layer(copy, name, layer)
     return copy
 
 
@@ -99,7 +102,8 @@ def int8_names(model: nn.Module) -> list[str]:
 def plain_copy(model: Any) -> Any:
     """Return a model around the same tensors whose layers are all dense, zeros in place, without any tag.
 
-    What it computes equals what `model` does, up to rounding; for tools that know only dense layers.
+    What it computes equals what `model` does, up to rounding; for tools that know only dense layers. Of int8 layers the
+    weights are float32, integers times scales, and inputs are no longer rounded to 8 bits.
     """
     tag = getattr(model.config, "quantization_config", None)
     dense = dense_copy(model)
