@@ -20,7 +20,7 @@ from sdprune.masking.bare import adapted, check_bare
 from sdprune.masking.coupling import find_couplings
 from sdprune.masking.linears import is_conv1d, is_linear, more_than_linear
 from sdprune.masking.pruner import measure_sparsity
-from sdprune.masking.select import select_linears
+from sdprune.masking.select import in_layer_stack
 from sdprune.speed.plan_record import Plan
 
 FORMATS = ("plain", "portable", "compact")
@@ -57,12 +57,11 @@ def export(
     `sdprune.exports.neurons`, which also finds what only feeds them.
 
     With `precision="int8"` every linear layer inside the stack of repeated layers, also one without zeros, is int8 with
-    a float32 scale for each output: attention and feed-forward matrices, what `sdprune.prune` prunes by default, and
-    neither embeddings, poolers nor heads. Blocks, narrower matrices and values under a bit mask are chosen by their
-    bytes in int8; other matrices are stored in blocks of 32 x 4. The dense weights beside them are the integers times
-    their scales, so that every tool computes with the same weights; they are float32 in a model of another dtype too,
-    which could not hold them, but for the format "plain", which rounds them to it. Loaded after `import sdprune`,
-    "portable" and "compact" become the same int8 layers, which also round their inputs.
+    a float32 scale for each output: attention and feed-forward matrices, and neither embeddings, poolers nor heads.
+    Forms are chosen by their bytes in int8; matrices without many zeros are stored in blocks of 32 x 4. The dense
+    weights are the integers times their scales, so that every tool computes with the same weights; they are float32 in
+    a model of another dtype too, which could not hold them, but for "plain", which rounds them to it. Loaded after
+    `import sdprune`, "portable" and "compact" become the same int8 layers, which also round their inputs.
 
     Args:
         model: a transformers model, with masked layers, with zeros in dense ones, or loaded with sparse layers.
@@ -155,9 +154,14 @@ def _int8_layers(model: Any, dense: Any, plan: Plan | None, precision: str | Non
     """The layers that are stored in int8: all that may be, or those that are by now or by the plan."""
     found = set(int8_names(model))
     if plan is not None:
+        _check_plan(dense, plan)
         found |= {name for name, choice in plan.choices.items() if Form.named(choice).precision == INT8}
     if precision == INT8:
-        found |= set(select_linears(dense, SDPruneConfig())) & set(dense_names(dense))
+        found |= set(in_layer_stack(dense, dense_names(dense)))
+        if not found:
+            raise ValueError(
+                f"precision={precision!r} needs a stack of layers with linear layers, which the model lacks"
+            )
     return found
 
 
@@ -179,7 +183,6 @@ def _records(dense: Any, config: SDPruneConfig | None, plan: Plan | None, int8: 
     shapes = () if plan is not None else tuple(dict.fromkeys((*own, *BLOCK_SHAPES)))
     choices = None
     if plan is not None:
-        _check_plan(dense, plan)
         choices = {name: Form.named(choice) for name, choice in plan.choices.items()}
     neurons = _without_neurons(dense, shapes, int8)
     if choices is not None:  # neurons leave only where the plan narrows all layers concerned

@@ -202,7 +202,7 @@ def _read(files: WeightFiles, name: str, record: LayerRecord | None) -> tuple[Te
         if weight.dim() != 2:
             raise ValueError(f"{files.file_of(names[0])}: {names[0]} must have 2 dimensions, got {tuple(weight.shape)}")
         return weight, weight.nbytes, names
-    tensors = {part: files.read(f"{name}.{part}") for part in ("weight", *record.index_shapes)}
+    tensors = {part: files.read(f"{name}.{part}") for part in record.shapes}
     verify(tensors, record, name, files.file_of(f"{name}.weight"))
     weight = unpack(tensors, record)
     size = sum(tensor.nbytes for tensor in tensors.values())

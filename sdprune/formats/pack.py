@@ -53,18 +53,19 @@ def pack(weight: Tensor, form: Form, *, removed: str | None = None, rows: Tensor
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight (out, in) in int8 and the scales of its rows, as `BlockSparseMatrix.quantize` makes them.
 
-    It is done twice, so that it can be done again: from the first time on the largest value of a row is 127 times its
-    scale as float32 rounds it, and from the second time on that gives the same scale. So integers * scales, in float32,
-    becomes the same integers and scales.
+    The scale of a row that becomes 0 throughout is 1. Then integers * scales in float32, quantized again, are the same
+    integers and scales to the bit: the largest L of a row has the scale s = L / 127, so that 127 * s is less than 64
+    units in the last place of s away from L. Floats near L lie 128 of them apart, so that it rounds to L; or 64 just
+    above a power of two, where it is at most 32 away from what it rounds to, a quarter of a unit of s.
 
     Raises:
         ValueError: a value is not finite.
     """
     sides = (weight.shape[0], weight.shape[1])
-    matrix = BlockSparseMatrix.from_dense(weight, sides, torch.ones_like(weight, dtype=torch.bool))
-    matrix = matrix.quantize().dequantize().quantize()
+    matrix = BlockSparseMatrix.from_dense(weight, sides, torch.ones_like(weight, dtype=torch.bool)).quantize()
     assert matrix.scales is not None
-    return matrix.values[0], matrix.scales
+    integers = matrix.values[0]
+    return integers, torch.where((integers != 0).any(1), matrix.scales, 1.0)
 
 
 def quantize_grid(weight: Tensor) -> BlockSparseMatrix:
