@@ -90,8 +90,8 @@ def export(
     _check_model(model)
     with torch.no_grad():
         dense = plain_copy(model)
-        int8 = _int8_layers(model, dense, plan, precision)
-        _round(dense, int8, dense.dtype if format == "plain" else torch.float32)
+        names = _int8_layers(model, dense, plan, precision)
+        int8 = _round(dense, names, dense.dtype if format == "plain" else torch.float32)
         records = {} if format == "plain" else _records(dense, config, plan, int8)
         if format is None:
             sparse = any(record.form != Form(UNSTRUCTURED) for record in records.values())
@@ -104,15 +104,15 @@ def export(
         with new_directory(Path(directory)) as folder:
             # some architectures were once saved under other names: older tools know those, but the tag names the layers
             # of the model
-            names: Any = {"save_original_format": format == "plain"}
-            dense.save_pretrained(folder, max_shard_size=max_shard_size, **names)
+            more: Any = {"save_original_format": format == "plain", "max_shard_size": max_shard_size}
+            dense.save_pretrained(folder, **more)
             if format != "plain":
                 rest = digest_of_rest(WeightFiles.of(folder), records)
                 dense.config.quantization_config |= {"rest_sha256": rest}
                 dense.config.save_pretrained(folder)
             if format == "compact":
                 store(dense, records)
-                dense.save_pretrained(folder, variant=VARIANT, max_shard_size=max_shard_size, **names)
+                dense.save_pretrained(folder, variant=VARIANT, **more)
             if processing_class is not None:
                 processing_class.save_pretrained(folder)
     return Path(directory)
@@ -165,17 +165,26 @@ def _int8_layers(model: Any, dense: Any, plan: Plan | None, precision: str | Non
     return found
 
 
-def _round(dense: Any, names: set[str], dtype: torch.dtype) -> None:
-    """Give layers the weights that int8 leaves of theirs; exchanged, as the tensors are those of another model."""
+def _round(dense: Any, names: set[str], dtype: torch.dtype) -> set[str]:
+    """Give layers the weights that int8 leaves of theirs; return the names of those of which anything is left.
+
+    Their parameters are exchanged, as the tensors are those of another model.
+    """
+    left = set()
     for name in sorted(names):
         layer: Any = dense.get_submodule(name)
         try:
             integers, scales = quantize_rows(pruned_weight(layer))
         except ValueError as error:
             raise ValueError(f"layer {name!r} cannot be stored in int8: {error}") from None
+        if not integers.any():
+            layer.weight = nn.Parameter(torch.zeros_like(layer.weight, dtype=dense.dtype))
+            continue
         weight = (integers * scales[:, None]).to(dtype)
         stored = weight.T.contiguous() if is_conv1d(layer) else weight
         layer.weight = nn.Parameter(stored, requires_grad=layer.weight.requires_grad)
+        left.add(name)
+    return left
 
 
 def _records(dense: Any, config: SDPruneConfig | None, plan: Plan | None, int8: set[str]) -> Records:

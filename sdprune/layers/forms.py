@@ -22,6 +22,8 @@ def in_form(linear: nn.Module, form: Form) -> PrunedLinear:
     Raises:
         ValueError: the form is none of blocks, narrow or dense in int8, or the weight cannot be quantized.
     """
+    if form == Form(NARROW, precision=INT8):
+        return NarrowLinear.from_linear(linear).quantize()
     if form.precision == INT8 and form.structure != UNSTRUCTURED:
         weight = pruned_weight(linear)
         tensors, shape = pack(weight, form), (weight.shape[0], weight.shape[1])

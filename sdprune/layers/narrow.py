@@ -1,6 +1,6 @@
 """Linear layers without their empty rows and columns: `NarrowLinear`; `RemovedLinear` where all neighbours agree.
 
-In int8 their product is that of blocks of which all are kept, as of every int8 layer.
+In int8 their product is that of a `BlockSparseLinear` of which all blocks are kept.
 """
 
 from collections.abc import Mapping
