@@ -6,7 +6,8 @@ from typing import Any, Self
 
 DENSE, NARROW, BLOCK, UNSTRUCTURED = "dense", "narrow", "block", "unstructured"
 INT8 = "int8"
-BLOCK_SHAPES = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 32), (128, 128))
+BLOCK_SHAPES = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 32), (128, 128), (16, 4), (32, 4), (32, 1))
+INT8_BLOCK = (32, 4)  # which the products of int8 matrices read, dense ones too
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class Form:
     structure: str
     block_shape: tuple[int, int] | None = None
     precision: str | None = None
+
+    @property
+    def stored(self) -> Self:
+        """The form that layers and files have: a dense int8 matrix is kept in blocks."""
+        dense = self.structure == DENSE and self.precision == INT8
+        return type(self)(BLOCK, INT8_BLOCK, INT8) if dense else self
 
     def __str__(self) -> str:
         name = self.structure if self.block_shape is None else f"{self.block_shape[0]}x{self.block_shape[1]}"
@@ -48,12 +55,12 @@ class Form:
             ValueError: there is no such form.
         """
         structure, precision = (name.removesuffix(f"-{INT8}"), INT8) if name.endswith(f"-{INT8}") else (name, None)
-        if structure in (DENSE, NARROW) or name == UNSTRUCTURED:
+        if structure in (DENSE, NARROW, UNSTRUCTURED):
             return cls(structure, precision=precision)
         sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", structure)
         if sides is None:
             raise ValueError(
-                f"choice must be 'dense', 'narrow' or a block shape such as '32x32', or one of these "
-                f"with '-{INT8}' behind it, got {name!r}"
+                f"choice must be 'dense', 'narrow' or a block shape such as '32x32', got {name!r}; "
+                f"'-{INT8}' may stand behind each"
             )
         return cls(BLOCK, (int(sides[1]), int(sides[2])), precision)

@@ -169,13 +169,16 @@ class BlockSparseLinear(PrunedLinear):
         return self.matrix.to_dense().detach().contiguous()
 
     def part_of(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor] | None:
-        """Return what the state of this layer holds of a dense weight (out, in); None if it has other empty blocks."""
-        matrix = BlockSparseMatrix.from_dense(weight, self.block_shape)
+        """Return what the state of this layer holds of a dense weight (out, in); None if it has fewer empty blocks."""
+        kept = torch.ones_like(self.values, dtype=torch.float32)
+        indices = self.crow_indices, self.col_indices
+        mask = BlockSparseMatrix(kept, *indices, self.shape, self.block_shape).to_dense().to(weight.device) != 0
+        if bool(weight[~mask].any()):
+            return None
+        matrix = BlockSparseMatrix.from_dense(weight, self.block_shape, mask)
         if self.scales is not None:
             matrix = matrix.quantize()
-        part = {name: getattr(matrix, name) for name in self._stored}
-        same = all(torch.equal(part[name], getattr(self, name).to(part[name].device)) for name in _STORED[1:3])
-        return part if same else None
+        return {name: getattr(matrix, name) for name in self._stored}
 
     @property
     def _stored(self) -> tuple[str, ...]:

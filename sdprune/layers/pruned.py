@@ -53,7 +53,7 @@ class PrunedLinear(nn.Module):
         return self._dense(transposed=self.transposed)
 
     def _dense(self, *, transposed: bool) -> nn.Module:
-        trained = self.weight.requires_grad
+        trained = self.weight.requires_grad or not self.weight.is_floating_point()
         return dense_layer(self.dense_weight(), self.dense_bias(), transposed, trained).train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

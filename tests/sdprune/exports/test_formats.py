@@ -107,12 +107,13 @@ import sys, torch
 sys.modules["sdprune"] = sys.modules["sdp_kernels"] = None
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification as Auto
-portable, alone = sys.argv[1:]
-model = Auto.from_pretrained(portable, dtype="auto")
-expected = load_file(portable + "/model.safetensors")
-assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-assert all(type(module) is torch.nn.Linear for module in model.modules() if hasattr(module, "in_features"))
-for folder, variant in ((alone, None), (portable, "compact")):
+portable, rounded, alone = sys.argv[1:]
+for folder in (portable, rounded):
+    model = Auto.from_pretrained(folder, dtype="auto")
+    expected = load_file(folder + "/model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert all(type(module) is torch.nn.Linear for module in model.modules() if hasattr(module, "in_features"))
+for folder, variant in ((alone, None), (portable, "compact"), (rounded, "compact")):
     try:
         Auto.from_pretrained(folder, variant=variant)
     except RuntimeError as error:
@@ -134,7 +135,8 @@ def test_without_the_package(sparse, tmp_path):
     alone.mkdir()
     shutil.copy(folder / "config.json", alone)
     shutil.copy(folder / "model.compact.safetensors", alone / "model.safetensors")
-    command = [sys.executable, "-c", _STRANGER, str(folder), str(alone)]
+    rounded = export(model, tmp_path / "int8", "compact", precision="int8")
+    command = [sys.executable, "-c", _STRANGER, str(folder), str(rounded), str(alone)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.stdout.strip() == "as it should be", process.stderr
 
