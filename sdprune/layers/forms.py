@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sdp_kernels import BlockSparseMatrix
-from sdprune.formats.form import BLOCK, INT8, INT8_BLOCK, NARROW, UNSTRUCTURED, Form
+from sdprune.formats.form import BLOCK, INT8, NARROW, UNSTRUCTURED, Form
 from sdprune.formats.pack import grid_of, make_record, pack, scatter, unpack
 from sdprune.formats.record import LayerRecord
 from sdprune.layers.block_sparse import BlockSparseLinear
@@ -30,7 +30,7 @@ def in_form(linear: nn.Module, form: Form) -> PrunedLinear:
         record = make_record(tensors, form, shape, transposed=is_conv1d(linear))
         return make_layer(tensors, linear.bias, record).train(linear.training)  # type: ignore[arg-type, return-value]
     if form.block_shape is not None:
-        return BlockSparseLinear.from_linear(linear, form.block_shape)
+        return BlockSparseLinear.from_linear(linear, form.block_shape).pack()
     if form.structure != NARROW or form.precision is not None:
         raise ValueError(f"form must be 'narrow' or blocks such as '32x32', or in int8, got {str(form)!r}")
     return NarrowLinear.from_linear(linear)
@@ -52,15 +52,13 @@ def make_layer(tensors: Mapping[str, Tensor], bias: nn.Parameter | None, record:
 
 
 def _sparse(tensors: Mapping[str, Tensor], bias: nn.Parameter | None, record: LayerRecord) -> PrunedLinear:
-    """Blocks; in int8 as the product reads them: 4 wide where they can be split, and all kept where under a mask."""
+    """Blocks as products read them; int8 values under a mask are blocks of which all are kept."""
     if record.block_shape is None:
         return BlockSparseLinear.from_matrix(grid_of(scatter(tensors, record.shape), tensors["scales"]), bias)
     crow, col, scales = tensors["crow_indices"], tensors["col_indices"], tensors.get("scales")
     values = tensors["weight"].detach()
     matrix = BlockSparseMatrix(values, crow, col, record.shape, record.block_shape, scales=scales)
-    if scales is not None and record.block_shape[1] % INT8_BLOCK[1] == 0:
-        matrix = matrix.split(INT8_BLOCK[1])
-    return BlockSparseLinear.from_matrix(matrix, bias)
+    return BlockSparseLinear.from_matrix(matrix, bias).pack()
 
 
 def _narrow(tensors: Mapping[str, Tensor], bias: nn.Parameter | None, record: LayerRecord) -> PrunedLinear:
