@@ -25,12 +25,12 @@ from sdprune.layers.forms import plain_copy
 from sdprune.masking.linears import matrix
 from sdprune.masking.pruner import measure_sparsity
 from sdprune.masking.select import select_linears
+from sdprune.speed.compare import FLOORS
 from sdprune.speed.plan import apply, plan
 from sdprune.speed.plan_record import Plan
 from sdprune.speed.timing import device_name, measure, peak_mib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOORS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # errors add up over the layers
 CONFIGS: Mapping[
     str, tuple[str, dict[str, int]]
 ] = {  # name -> model type and what differs from the defaults of its configuration
