@@ -18,6 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the scores of a model on the test rows, and its sparsity."""
+    from sdprune.layers.forms import plain_copy
     from sdprune.masking.pruner import measure_sparsity
     from sdprune.masking.select import select_linears
     from sdprune.runs.workbench import load_workbench
@@ -32,10 +33,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name:<16} {value:.4f}")
     for language, scores in workbench.score_languages(logits).items():
         print(f"{language:<16} " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    dense = plain_copy(model)
     try:
-        names = select_linears(model, SDPruneConfig())
+        names = select_linears(dense, SDPruneConfig())
     except ValueError:  # which layers count, only a run of its own could tell
         return 0
-    sparsity = measure_sparsity(model, names)
+    sparsity = measure_sparsity(dense, names)
     print(f"{'sparsity':<16} {sparsity.linear:.4f} of the linear layers, {sparsity.model:.4f} of the model")
     return 0

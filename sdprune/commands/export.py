@@ -22,11 +22,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         "compact: portable, and a small file beside it; onnx: model.onnx in float32, checked in onnxruntime "
         "(default: portable if a layer becomes sparse, otherwise plain)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=("int8",),
+        help="int8: attention and feed-forward matrices become int8 layers once loaded with sdprune; elsewhere they "
+        "are dense, with the same weights (default: as the model has them)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the model and print its folder."""
     from sdprune.runs.export_folder import export_folder
 
-    print(export_folder(options.source, options.output, options.format, trust_remote_code=options.trust_remote_code))
+    more = {"precision": options.precision, "trust_remote_code": options.trust_remote_code}
+    print(export_folder(options.source, options.output, options.format, **more))
     return 0

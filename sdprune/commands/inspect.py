@@ -37,14 +37,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print_table(found: Any) -> None:
-    rows = [("layer", "out x in", "structure", "density", "bytes", "dead rows", "dead columns", "dead heads")]
+    rows = [("layer", "out x in", "structure", "form", "density", "bytes", "dead rows", "dead columns", "dead heads")]
     for layer in found.layers:
-        size = (f"{layer.shape[0]} x {layer.shape[1]}", layer.structure, f"{layer.density:.1%}", f"{layer.bytes:,}")
+        forms = (f"{layer.shape[0]} x {layer.shape[1]}", layer.structure, layer.form)
+        size = (*forms, f"{layer.density:.1%}", f"{layer.bytes:,}")
         heads = "" if layer.heads is None else f"{layer.dead_heads} of {layer.heads}"
         rows.append((layer.name, *size, str(layer.dead_rows), str(layer.dead_columns), heads))
     total = found.to_dict()["total"]
     dead = (str(total["dead_rows"]), str(total["dead_columns"]), str(total["dead_heads"]))
-    rows.append(("total", f"{total['weights']:,}", "", f"{total['density']:.1%}", f"{total['bytes']:,}", *dead))
+    rows.append(("total", f"{total['weights']:,}", "", "", f"{total['density']:.1%}", f"{total['bytes']:,}", *dead))
     print(aligned(rows))
     print(f"\nAll other tensors take {found.other_bytes:,} bytes.")
     if found.architecture is None:

@@ -11,6 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from sdprune.exports.inspect import Inspection, LayerReport, inspect_folder
 from sdprune.files import public_name, write_text
+from sdprune.formats.files import VARIANT
+from sdprune.formats.form import DENSE, INT8
 from sdprune.text import markdown_table
 
 CARD_NAME = "README.md"
@@ -94,7 +96,10 @@ def write_model_card(directory: str | Path, card: ModelCard) -> Path:
         f"- Base model: {base}\n- Method: {card.method}\n- Data: {card.data}\n- Seed: {card.seed}\n"
         "- Made with sdprune; the whole recipe is at the end"
     )
-    parts = (origin, _loading(found), _scores(card), _sparsity(card, found), _speed(card), _losses(card, found))
+    parts = [origin, _loading(found), _scores(card), _sparsity(card, found), _speed(card), _losses(card, found)]
+    if any(layer.form != DENSE for layer in found.layers):
+        small = inspect_folder(directory, VARIANT) if found.format == "compact" else found
+        parts.insert(4, _forms(small))
     recipe = yaml.safe_dump(dict(card.recipe), sort_keys=False, allow_unicode=True)
     body = "\n\n".join((title, *parts, f"## Recipe\n\n```yaml\n{recipe}```"))
     path = Path(directory) / CARD_NAME
@@ -190,6 +195,22 @@ def _sparsity(card: ModelCard, found: Inspection) -> str:
         f"Empty rows: {sum(layer.dead_rows for layer in found.layers)}; empty attention heads: {heads}."
         f"{unreached if card.unreached else ''}"
     )
+
+
+def _forms(found: Inspection) -> str:
+    """What the layers are loaded as, with their bytes where the files hold that form."""
+    groups: dict[str, list[LayerReport]] = {}
+    for layer in found.layers:
+        groups.setdefault(layer.form, []).append(layer)
+    rows = [("loaded after `import sdprune` as", "layers", "bytes" if found.variant else "bytes, stored dense")]
+    rows += [(form, str(len(layers)), f"{sum(layer.bytes for layer in layers):,}") for form, layers in groups.items()]
+    text = ""
+    if any(layer.precision == INT8 for layer in found.layers):
+        text = (
+            "\n\nLayers in int8 have one scale for each output, and round what comes into them to 8 bits, token by "
+            "token. The dense weights are the integers times these scales."
+        )
+    return f"## Forms\n\n{markdown_table(rows)}{text}"
 
 
 def _weights(found: Inspection) -> str:

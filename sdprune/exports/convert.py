@@ -1,12 +1,12 @@
 """The layers of a model as a checkpoint stores them: described, packed, put in the place of the dense ones."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from sdprune.formats.form import DENSE, NARROW, Form
+from sdprune.formats.form import DENSE, INT8, NARROW, Form
 from sdprune.formats.pack import Tensors, choose, digest, make_record, pack
 from sdprune.formats.record import LayerRecord
 from sdprune.layers.dense import dense_names, pruned_weight
@@ -26,15 +26,15 @@ class StoredLinear(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(tensors["weight"])
+        self.weight = nn.Parameter(tensors["weight"], requires_grad=tensors["weight"].is_floating_point())
         self.bias = bias
-        self.index_names = tuple(name for name in tensors if name != "weight")
-        for name in self.index_names:
+        self.buffer_names = tuple(name for name in tensors if name != "weight")
+        for name in self.buffer_names:
             self.register_buffer(name, tensors[name])
 
     def tensors(self) -> Tensors:
         """Return the stored tensors."""
-        return {"weight": self.weight.detach()} | {name: self.get_buffer(name) for name in self.index_names}
+        return {"weight": self.weight.detach()} | {name: self.get_buffer(name) for name in self.buffer_names}
 
 
 def find_records(
@@ -42,23 +42,28 @@ def find_records(
     *,
     block_shapes: tuple[tuple[int, int], ...],
     choices: Mapping[str, Form] | None = None,
+    int8: Collection[str] = (),
 ) -> Records:
-    """Describe how the layers with zeros of a dense model are stored.
+    """Describe how the layers with zeros, and those in int8, of a dense model are stored.
 
     Args:
         dense: a model with zeros in its dense layers.
         block_shapes: (out, in) of the blocks to look for.
         choices: what a plan converts each layer into; layers that it leaves dense are stored under a bit
             mask where that saves bytes. None: the zeros decide, see `choose`.
+        int8: layers that are stored in int8, whatever their form.
     """
     records: Records = {}
     for name in dense_names(dense):
         module = dense.get_submodule(name)
-        weight = pruned_weight(module)
+        weight, precision = pruned_weight(module), INT8 if name in int8 else None
         if choices is None:
-            form = choose(weight, block_shapes)
+            form = choose(weight, block_shapes, precision=precision)
+        elif name in choices:
+            form = replace(choices[name], precision=precision)
         else:
-            form = choices[name] if name in choices else choose(weight, (), narrow=False)
+            form = choose(weight, (), narrow=False, precision=precision)
+        form = form.stored
         if form.structure == DENSE:
             continue
         if bool(weight.isnan().any()):

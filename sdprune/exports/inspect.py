@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdprune.formats.files import VARIANT, WeightFiles
+from sdprune.formats.form import DENSE, Form
 from sdprune.formats.model_config import read_config
 from sdprune.formats.pack import unpack, verify
 from sdprune.formats.record import LayerRecord
-from sdprune.formats.tag import SDPruneQuantizationConfig
-from sdprune.formats.zeros import structure_of
+from sdprune.formats.tag import METHOD, SDPruneQuantizationConfig
+from sdprune.formats.zeros import INT8_SLACK, SLACK, structure_of
 from sdprune.masking.linears import is_conv1d, is_linear
 
 GRID = 32  # cells of a density map along each side, at most
@@ -30,8 +31,11 @@ class LayerReport:
         shape: (out, in) of its dense weight.
         structure: "dense", "unstructured", a block shape such as "32x32", "n:m" such as "2:4", or "rows", "columns"
             or "rows and columns" where those that are left are full.
+        form: what it is loaded as: "dense", "narrow", a block shape or "unstructured" (stored under a bit mask), with
+            "-int8" behind it in int8.
+        precision: "int8", or None where the values have the dtype of the model.
         density: fraction of weights that are not zero.
-        bytes: of the weight as it is stored, indices included.
+        bytes: of the weight as it is stored, indices and scales included.
         dead_rows: outputs whose weights are all zero.
         dead_columns: inputs whose weights are all zero.
         heads: attention heads along the side of the matrix that has them; None outside of attention.
@@ -42,6 +46,8 @@ class LayerReport:
     name: str
     shape: tuple[int, int]
     structure: str
+    form: str
+    precision: str | None
     density: float
     bytes: int
     dead_rows: int
@@ -121,14 +127,15 @@ def inspect_folder(directory: str | Path, variant: str | None = None) -> Inspect
     if variant is None and not any(folder.glob("model.safetensors*")) and any(folder.glob(f"*.{VARIANT}.*")):
         variant = VARIANT
     files = WeightFiles.of(folder, variant)
-    records = _records(config) if variant == VARIANT else {}
+    records = _records(config, required=variant == VARIANT)
     model = _skeleton(folder, config)
     heads = _Heads(model)
     layers, seen = [], set()
     for name, transposed in _layers(model, files):
-        weight, size, names = _read(files, name, records.get(name))
+        record = records.get(name)
+        weight, size, names = _read(files, name, record if variant == VARIANT else None)
         seen.update(names)
-        layers.append(_report(name, weight.T if transposed else weight, size, heads))
+        layers.append(_report(name, weight.T if transposed else weight, size, record, heads))
     rest = sum(files.read(name).nbytes for name in files.names() if name not in seen)
     return Inspection(
         directory=str(directory),
@@ -154,8 +161,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _records(config: dict[str, Any]) -> dict[str, LayerRecord]:
+def _records(config: dict[str, Any], *, required: bool) -> dict[str, LayerRecord]:
     tag = config.get("quantization_config")
+    if not required and not (isinstance(tag, dict) and tag.get("quant_method") == METHOD):
+        return {}
     if not isinstance(tag, dict):
         raise ValueError("config.json: quantization_config is missing, which tells how the compact weights are stored")
     return SDPruneQuantizationConfig(**tag).records
@@ -193,7 +202,7 @@ def _read(files: WeightFiles, name: str, record: LayerRecord | None) -> tuple[Te
         if weight.dim() != 2:
             raise ValueError(f"{files.file_of(names[0])}: {names[0]} must have 2 dimensions, got {tuple(weight.shape)}")
         return weight, weight.nbytes, names
-    tensors = {part: files.read(f"{name}.{part}") for part in ("weight", *record.index_shapes)}
+    tensors = {part: files.read(f"{name}.{part}") for part in record.shapes}
     verify(tensors, record, name, files.file_of(f"{name}.weight"))
     weight = unpack(tensors, record)
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -232,15 +241,18 @@ class _Heads:
         return heads, dead
 
 
-def _report(name: str, weight: Tensor, size: int, heads: _Heads) -> LayerReport:
+def _report(name: str, weight: Tensor, size: int, record: LayerRecord | None, heads: _Heads) -> LayerReport:
     kept = weight != 0
+    form = Form(DENSE) if record is None else record.form
     total, dead = heads.count(name, kept)
     cells = (min(GRID, kept.shape[0]), min(GRID, kept.shape[1]))
     grid = functional.adaptive_avg_pool2d(kept.float()[None], cells)[0]
     return LayerReport(
         name=name,
         shape=(kept.shape[0], kept.shape[1]),
-        structure=structure_of(kept),
+        structure=structure_of(kept, SLACK if form.precision is None else INT8_SLACK),
+        form=str(form),
+        precision=form.precision,
         density=int(kept.sum()) / max(kept.numel(), 1),
         bytes=size,
         dead_rows=int((~kept.any(1)).sum()),

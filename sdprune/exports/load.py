@@ -24,7 +24,7 @@ from sdprune.formats.files import WeightFiles, digest_of_rest
 from sdprune.formats.form import BLOCK_SHAPES, NARROW, UNSTRUCTURED, Form
 from sdprune.formats.model_config import exported_class, read_config
 from sdprune.formats.pack import Tensors, pack, verify
-from sdprune.formats.record import INDICES, LayerRecord
+from sdprune.formats.record import LayerRecord
 from sdprune.formats.tag import METHOD, SDPruneQuantizationConfig
 from sdprune.layers.dense import dense_names, pruned_weight
 from sdprune.layers.forms import dense_copy, make_layer
@@ -104,10 +104,10 @@ def prepare(
     found: dict[str, tuple[LayerRecord, Tensors | None]] = {}
     names = {name: _name_in_model(model, name) for name in records}
     for name, record in records.items():
-        compact = any(f"{name}.{index}" in files for index in INDICES[record.structure])
+        compact = any(f"{name}.{index}" in files for index in record.index_shapes)
         compact = compact or files.read(f"{name}.weight").dim() != 2
         if compact:
-            tensors = {key: files.read(f"{name}.{key}") for key in ("weight", *INDICES[record.structure])}
+            tensors = {key: files.read(f"{name}.{key}") for key in record.shapes}
         else:
             tensors = _read_dense(name, record, records, files)
         verify(tensors, record, name, files.file_of(f"{name}.weight"))
@@ -122,9 +122,8 @@ def prepare(
             record = replace(record, consumer=names[record.consumer])
         found[own] = (record, None if compact else tensors)
         if compact:
-            dtype, device = module.weight.dtype, module.weight.device
             empty = {
-                key: torch.empty(value.shape, dtype=value.dtype if key != "weight" else dtype, device=device)
+                key: torch.empty(value.shape, dtype=_dtype_of(key, value, module), device=module.weight.device)
                 for key, value in tensors.items()
             }
             put_layer(model, own, StoredLinear(empty, module.bias))
@@ -144,13 +143,11 @@ def build(model: Any, stored: Mapping[str, tuple[LayerRecord, Tensors | None]]) 
         module = model.get_submodule(name)
         if tensors is None:
             tensors = module.tensors()
-        elif record.structure == UNSTRUCTURED:
+        elif record.form == Form(UNSTRUCTURED):
             continue
         else:  # gathered in the file's dtype: a value that underflows in the model's must not lose its place
-            weight = module.weight
             tensors = {
-                key: value.to(weight.device, weight.dtype if key == "weight" else value.dtype)
-                for key, value in tensors.items()
+                key: value.to(module.weight.device, _dtype_of(key, value, module)) for key, value in tensors.items()
             }
         put_layer(model, name, make_layer(tensors, module.bias, record).train(module.training))
     return {name: record for name, (record, _) in stored.items()}
@@ -258,13 +255,20 @@ def _convert(model: Any, dtype: torch.dtype) -> None:
     """To another dtype, what was loaded, as `from_pretrained` does: what a model computes (the angles of rotary
     embeddings) or wants in float32 (`_keep_in_fp32_modules`) would lose digits that it needs.
     """
-    loaded = model.state_dict().keys()
+    stored = [name for name, module in model.named_modules() if isinstance(module, StoredLinear)]
+    loaded = model.state_dict().keys() - {f"{name}.scales" for name in stored}
     wide = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
     if dtype in (torch.float16, torch.bfloat16):
         wide |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in loaded and tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if any(f".{part}." in f".{name}." for part in wide) else dtype)
+
+
+def _dtype_of(part: str, stored: torch.Tensor, module: nn.Module) -> torch.dtype:
+    """The dtype that a stored tensor has in memory: floating-point values that of the layer, all others their own."""
+    weight: Any = module.weight
+    return weight.dtype if part == "weight" and stored.is_floating_point() else stored.dtype
 
 
 def _key_in(own: Mapping[str, Any], name: str, prefix: str) -> str | None:

@@ -1,6 +1,6 @@
 """Empty neurons and heads leave the matrices, which become smaller and stay dense."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from sdprune.exports.convert import Records, convert_layers
 from sdprune.exports.load import attach
-from sdprune.formats.form import NARROW, Form
-from sdprune.formats.pack import make_record, pack, stored_bytes
+from sdprune.formats.form import INT8, NARROW, Form
+from sdprune.formats.pack import dense_bytes, make_record, pack, stored_bytes
 from sdprune.formats.record import LayerRecord
 from sdprune.formats.tag import SDPruneQuantizationConfig
 from sdprune.layers.dense import Model, dense_names, pruned_weight
-from sdprune.layers.forms import dense_copy
+from sdprune.layers.forms import dense_copy, int8_names
 from sdprune.masking.coupling import Coupling, find_couplings
 from sdprune.masking.linears import is_conv1d
 
@@ -36,8 +36,10 @@ def compact(model: Model) -> Model:
         The model.
 
     Raises:
-        ValueError: the model has nothing empty, or cannot be probed.
+        ValueError: the model has nothing empty, has int8 layers, or cannot be probed.
     """
+    for name in int8_names(model):
+        raise ValueError(f"model must be in floating point, got {name!r} in int8; compact(plain_copy(model)) is")
     dense = dense_copy(model)
     couplings = find_couplings(dense)
     for coupling in couplings:
@@ -48,7 +50,7 @@ def compact(model: Model) -> Model:
         weight = pruned_weight(dense.get_submodule(name))
         tensors = pack(weight, Form(NARROW))
         if name not in records and tensors["weight"].numel() < weight.numel():
-            records[name] = _record(dense, name, tensors)
+            records[name] = _record(dense, name, tensors, Form(NARROW))
     if not records:
         raise ValueError("model must have empty neurons, heads, rows or columns; none of its linear layers has any")
     convert_layers(model, dense, records)
@@ -57,7 +59,11 @@ def compact(model: Model) -> Model:
 
 
 def remove_neurons(
-    dense: nn.Module, couplings: Sequence[Coupling], *, block_shapes: Sequence[tuple[int, int]] | None = None
+    dense: nn.Module,
+    couplings: Sequence[Coupling],
+    *,
+    block_shapes: Sequence[tuple[int, int]] | None = None,
+    int8: Collection[str] = (),
 ) -> Records:
     """Describe the layers that lose their empty neurons: those that no weight reads and no weight feeds.
 
@@ -66,6 +72,7 @@ def remove_neurons(
         couplings: which of their rows feed which columns.
         block_shapes: neurons stay where blocks of one of these shapes, or a bit mask, store the layers in fewer bytes;
             None: they leave in any case.
+        int8: layers that are stored in int8.
     """
     names = set(dense_names(dense))
     feeders = [name for coupling in couplings for name in coupling.producers]
@@ -80,10 +87,10 @@ def remove_neurons(
         if not empty.any() or any(bool(rows.any()) for rows in fed):
             continue
         left = float((~empty).sum()) / empty.numel()
-        weights = [pruned_weight(dense.get_submodule(name)) for name in members]
-        small = left * sum(weight.nbytes for weight in weights)
-        if block_shapes is None or small <= sum(_least_bytes(weight, block_shapes) for weight in weights):
-            records |= _removed(dense, coupling)
+        weights = [(pruned_weight(dense.get_submodule(name)), _precision(name, int8)) for name in members]
+        small = left * sum(dense_bytes(*weight) for weight in weights)
+        if block_shapes is None or small <= sum(_least_bytes(*weight, block_shapes) for weight in weights):
+            records |= _removed(dense, coupling, int8)
     return records
 
 
@@ -93,21 +100,26 @@ def _unread(dense: nn.Module, coupling: Coupling) -> Tensor:
     return ~(weight[:, coupling.columns.to(weight.device)] != 0).any(2).any(0)
 
 
-def _removed(dense: nn.Module, coupling: Coupling) -> Records:
+def _precision(name: str, int8: Collection[str]) -> str | None:
+    return INT8 if name in int8 else None
+
+
+def _removed(dense: nn.Module, coupling: Coupling, int8: Collection[str]) -> Records:
     consumer = coupling.consumer
-    tensors = pack(pruned_weight(dense.get_submodule(consumer)), Form(NARROW), removed="columns")
-    records = {consumer: _record(dense, consumer, tensors, removed="columns")}
+    form = Form(NARROW, precision=_precision(consumer, int8))
+    tensors = pack(pruned_weight(dense.get_submodule(consumer)), form, removed="columns")
+    records = {consumer: _record(dense, consumer, tensors, form, removed="columns")}
     for name in coupling.producers:
-        weight = pruned_weight(dense.get_submodule(name))
-        narrow = pack(weight, Form(NARROW), removed="rows", rows=tensors["columns"])
-        records[name] = _record(dense, name, narrow, removed="rows", consumer=consumer)
+        weight, form = pruned_weight(dense.get_submodule(name)), Form(NARROW, precision=_precision(name, int8))
+        narrow = pack(weight, form, removed="rows", rows=tensors["columns"])
+        records[name] = _record(dense, name, narrow, form, removed="rows", consumer=consumer)
     return records
 
 
-def _record(dense: nn.Module, name: str, tensors: dict[str, Tensor], **removed: str) -> LayerRecord:
+def _record(dense: nn.Module, name: str, tensors: dict[str, Tensor], form: Form, **removed: str) -> LayerRecord:
     module = dense.get_submodule(name)
     rows, columns = pruned_weight(module).shape
-    return make_record(tensors, Form(NARROW), (rows, columns), transposed=is_conv1d(module), **removed)
+    return make_record(tensors, form, (rows, columns), transposed=is_conv1d(module), **removed)
 
 
 def _in_order(dense: nn.Module, coupling: Coupling) -> bool:
@@ -138,7 +150,7 @@ def _unfeed(dense: nn.Module, coupling: Coupling) -> None:
         module.weight = nn.Parameter(stored, requires_grad=module.weight.requires_grad)
 
 
-def _least_bytes(weight: Tensor, block_shapes: Sequence[tuple[int, int]]) -> float:
+def _least_bytes(weight: Tensor, precision: str | None, block_shapes: Sequence[tuple[int, int]]) -> float:
     """Of the forms that keep all neurons."""
-    costs = stored_bytes(weight, block_shapes)
-    return min([weight.nbytes, *(cost for form, cost in costs.items() if form.structure != NARROW)])
+    costs = stored_bytes(weight, block_shapes, precision=precision)
+    return min([dense_bytes(weight, precision), *(cost for form, cost in costs.items() if form.structure != NARROW)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.files import new_directory
-from sdprune.layers.forms import dense_copy, plain_copy
+from sdprune.layers.forms import dense_copy, int8_names, plain_copy
 from sdprune.layers.narrow import NarrowLinear, RemovedLinear
 
 MODEL_NAME = "model.onnx"
@@ -27,8 +27,8 @@ def export_onnx(
     """Write `model.onnx` into a new folder and run it in onnxruntime on the CPU, on `inputs` and on a smaller batch.
 
     Beside it lies config.json. Batch and sequence are of any size. Narrower layers stay narrower. ONNX has no
-    block-sparse product, so such layers are written dense, with their zeros. Weights beyond ONNX's limit of 2 GB go
-    into a file beside the model.
+    block-sparse product, so such layers are written dense, with their zeros, and those in int8 in float32. Weights
+    beyond ONNX's limit of 2 GB go into a file beside the model.
 
     Args:
         model: a transformers model on the CPU in float32; masked, with zeros, narrower or sparse; it stays as it is.
@@ -99,7 +99,8 @@ class _FirstOutput(nn.Module):
 def _check(model: Any, inputs: Mapping[str, Tensor]) -> None:
     if not hasattr(model, "config"):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    kinds = {(value.dtype, value.device.type) for value in model.parameters()}
+    integers = {id(model.get_submodule(name).weight) for name in int8_names(model)}
+    kinds = {(value.dtype, value.device.type) for value in model.parameters() if id(value) not in integers}
     if kinds != {(torch.float32, "cpu")}:
         raise ValueError(f"model must be float32 on the CPU, got {', '.join(map(str, sorted(kinds, key=str)))}")
     for name, value in inputs.items():

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdprune.formats.pack import digest
-from sdprune.formats.record import INDICES, LayerRecord
+from sdprune.formats.record import LayerRecord
 
 VARIANT = "compact"  # of the files of the small form
 
@@ -94,7 +94,7 @@ def digest_of_rest(files: WeightFiles, records: Mapping[str, LayerRecord]) -> st
 
     The plain and the compact files of a checkpoint share them, so it is the same for both.
     """
-    stored = {f"{name}.{part}" for name, record in records.items() for part in ("weight", *INDICES[record.structure])}
+    stored = {f"{name}.{part}" for name, record in records.items() for part in record.shapes}
     found = hashlib.sha256()
     for name in sorted(set(files.names()) - stored):
         found.update(digest({name: files.read(name)}).encode())

@@ -53,18 +53,19 @@ def pack(weight: Tensor, form: Form, *, removed: str | None = None, rows: Tensor
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight (out, in) in int8 and the scales of its rows, as `BlockSparseMatrix.quantize` makes them.
 
-    It is done twice, so that it can be done again: from the first time on the largest value of a row is 127 times its
-    scale as float32 rounds it, and from the second time on that gives the same scale. So integers * scales, in float32,
-    becomes the same integers and scales.
+    The scale of a row that becomes 0 throughout is 1. Then integers * scales in float32, quantized again, are the same
+    integers and scales to the bit: the largest L of a row has the scale s = L / 127, so that 127 * s is less than 64
+    units in the last place of s away from L. Floats near L lie 128 of them apart, so that it rounds to L; or 64 just
+    above a power of two, where it is at most 32 away from what it rounds to, a quarter of a unit of s.
 
     Raises:
         ValueError: a value is not finite.
     """
     sides = (weight.shape[0], weight.shape[1])
-    matrix = BlockSparseMatrix.from_dense(weight, sides, torch.ones_like(weight, dtype=torch.bool))
-    matrix = matrix.quantize().dequantize().quantize()
+    matrix = BlockSparseMatrix.from_dense(weight, sides, torch.ones_like(weight, dtype=torch.bool)).quantize()
     assert matrix.scales is not None
-    return matrix.values[0], matrix.scales
+    integers = matrix.values[0]
+    return integers, torch.where((integers != 0).any(1), matrix.scales, 1.0)
 
 
 def quantize_grid(weight: Tensor) -> BlockSparseMatrix:
@@ -134,48 +135,65 @@ def verify(tensors: Mapping[str, Tensor], record: LayerRecord, layer: str, file:
     Raises:
         ValueError: they differ; the message names the file and the tensor.
     """
-    shapes = {"weight": record.weight_shape} | record.index_shapes
-    for name, shape in shapes.items():
+    for name, shape in record.shapes.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             text = f"{file}: {layer}.{name} must have shape {shape} as config.json tells, got {tuple(tensor.shape)}"
             raise ValueError(text)
-        if tensor.dtype != torch.int32 if name != "weight" else not tensor.is_floating_point():
-            kind = "floating-point" if name == "weight" else "int32"
+        kind = _kind(name, record)
+        floats = kind == "floating-point"
+        if not tensor.is_floating_point() if floats else str(tensor.dtype) != f"torch.{kind}":
             raise ValueError(f"{file}: {layer}.{name} must be {kind}, got {tensor.dtype}")
     try:
+        if "scales" in record.shapes:
+            _check_scales(tensors["scales"])
         _check_indices(tensors, record)
     except ValueError as error:
         raise ValueError(f"{file}: {layer}.{error}") from None
     if digest(tensors) != record.sha256:
         raise ValueError(
-            f"{file}: {layer} is not what config.json describes (sha256 of {', '.join(sorted(shapes))} differs): "
-            "the file is damaged, or belongs to another checkpoint"
+            f"{file}: {layer} is not what config.json describes (sha256 of {', '.join(sorted(record.shapes))} differs)"
+            ": the file is damaged, or belongs to another checkpoint"
         )
 
 
-def choose(weight: Tensor, block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES, *, narrow: bool = True) -> Form:
-    """Return the form that stores a weight (out, in) in the fewest bytes.
+def choose(
+    weight: Tensor,
+    block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES,
+    *,
+    narrow: bool = True,
+    precision: str | None = None,
+) -> Form:
+    """Return the form that stores a weight (out, in) in the fewest bytes, in the precision that is asked for.
 
     The zeros decide: blocks win where whole blocks of one of the shapes are empty, narrower matrices where rows or
     columns are, the bit mask where the zeros are scattered. Dense if none saves a tenth of the dense bytes.
     """
-    costs = {Form(DENSE): WORTHWHILE * weight.nbytes} | stored_bytes(weight, block_shapes)
+    costs = {Form(DENSE, precision=precision): WORTHWHILE * dense_bytes(weight, precision)}
+    costs |= stored_bytes(weight, block_shapes, precision=precision)
     if not narrow:
-        del costs[Form(NARROW)]
+        del costs[Form(NARROW, precision=precision)]
     return min(costs, key=lambda form: costs[form])
 
 
-def stored_bytes(weight: Tensor, block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES) -> dict[Form, float]:
+def dense_bytes(weight: Tensor, precision: str | None = None) -> int:
+    """Return the bytes of the values of a dense weight."""
+    return weight.numel() * (1 if precision == INT8 else weight.element_size())
+
+
+def stored_bytes(
+    weight: Tensor, block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES, *, precision: str | None = None
+) -> dict[Form, float]:
     """Return the bytes that a weight (out, in) takes in each form but the dense one."""
     kept = weight != 0
-    size, (rows, columns) = weight.element_size(), weight.shape
+    size, (rows, columns) = 1 if precision == INT8 else weight.element_size(), weight.shape
     costs: dict[Form, float] = {
-        Form(BLOCK, shape): count_blocks(kept, shape) * (math.prod(shape) * size + 4) for shape in block_shapes
+        Form(BLOCK, shape, precision): count_blocks(kept, shape) * (math.prod(shape) * size + 4)
+        for shape in block_shapes
     }
-    # One index a row or column counts for nothing in a matrix of a size that matters.
-    costs[Form(NARROW)] = int(kept.any(1).sum()) * int(kept.any(0).sum()) * size
-    costs[Form(UNSTRUCTURED)] = int(kept.sum()) * size + 4 * rows * -(-columns // 32)
+    # One index or scale a row or column counts for nothing in a matrix of a size that matters.
+    costs[Form(NARROW, precision=precision)] = int(kept.any(1).sum()) * int(kept.any(0).sum()) * size
+    costs[Form(UNSTRUCTURED, precision=precision)] = int(kept.sum()) * size + 4 * rows * -(-columns // 32)
     return costs
 
 
@@ -187,11 +205,25 @@ def count_blocks(kept: Tensor, block_shape: tuple[int, int]) -> int:
     return int(grid.any(3).any(1).sum())
 
 
+def _kind(name: str, record: LayerRecord) -> str:
+    """The dtype of a stored tensor, in words."""
+    if name == "weight":
+        return "floating-point" if record.precision is None else record.precision
+    return "float32" if name == "scales" else "int32"
+
+
+def _check_scales(scales: Tensor) -> None:
+    wrong = ~((scales > 0) & scales.isfinite())
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"scales must be finite and above 0, got {float(scales[row])} at {row}")
+
+
 def _check_indices(tensors: Mapping[str, Tensor], record: LayerRecord) -> None:
     """What would let a product read outside of its tensors, named without the layer."""
     if record.block_shape is not None:
         crow, col = tensors["crow_indices"], tensors["col_indices"]
-        BlockSparseMatrix(tensors["weight"], crow, col, record.shape, record.block_shape)
+        BlockSparseMatrix(tensors["weight"], crow, col, record.shape, record.block_shape, scales=tensors.get("scales"))
     elif record.structure == NARROW:
         for name, size in zip(("rows", "columns"), record.shape, strict=True):
             index = tensors[name]

@@ -10,6 +10,10 @@ block        (blocks, out, in of one) crow_indices (block rows + 1,), col_indice
 narrow       (kept rows, kept cols)   rows (kept rows,), columns (kept cols,)
 unstructured (kept values,)           mask (out, ceil(in / 32)), the words of a `sdp_kernels.BitMask`
 ============ ======================== =========================================================
+
+In int8 the values are int8, and `scales` lies beside them, float32: one for each output, of narrow layers for each kept
+one. The dense weight is values * scales, computed and stored in float32 whatever the dtype of the model; packing it
+again gives the same integers and scales, so that the digest is right for either file.
 """
 
 import math
@@ -18,13 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sdprune.formats.form import BLOCK, NARROW, UNSTRUCTURED, Form
+from sdprune.formats.form import BLOCK, INT8, NARROW, UNSTRUCTURED, Form
 
-INDICES: Mapping[str, tuple[str, ...]] = {
-    BLOCK: ("crow_indices", "col_indices"),
-    NARROW: ("rows", "columns"),
-    UNSTRUCTURED: ("mask",),
-}
 _KEPT_SIZES = {BLOCK: 1, NARROW: 2, UNSTRUCTURED: 1}
 
 
@@ -42,6 +41,7 @@ class LayerRecord:
         removed: of a narrow layer, whether "rows" are gone from its output or "columns" from its input, because the
             layers it is joined with do without them too; None: it takes and returns rows of full size.
         consumer: of a layer without its "rows", the layer whose columns they feed; both keep the same ones.
+        precision: "int8", or None where the values have the dtype of the model.
     """
 
     structure: str
@@ -70,6 +70,14 @@ class LayerRecord:
         return (*self.kept, *self.block_shape) if self.block_shape is not None else self.kept
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all stored tensors."""
+        shapes = {"weight": self.weight_shape} | self.index_shapes
+        if self.precision == INT8:
+            shapes["scales"] = self.kept[:1] if self.structure == NARROW else self.shape[:1]
+        return shapes
+
+    @property
     def index_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the int32 tensors beside the values."""
         if self.block_shape is not None:
@@ -90,6 +98,8 @@ class LayerRecord:
             values["removed"] = self.removed
         if self.consumer is not None:
             values["consumer"] = self.consumer
+        if self.precision is not None:
+            values["precision"] = self.precision
         return values
 
     @classmethod
@@ -102,7 +112,7 @@ class LayerRecord:
         if not isinstance(values, Mapping):
             raise ValueError(f"{field} must be an object, got {values!r}")
         known = {"structure", "shape", "kept", "density", "sha256", "block_shape", "transposed"}
-        known |= {"removed", "consumer"}
+        known |= {"removed", "consumer", "precision"}
         for name in values.keys() - known:
             raise ValueError(f"{field} has an unknown part {name!r}; known are {', '.join(sorted(known))}")
         structure = values.get("structure")
@@ -124,8 +134,11 @@ class LayerRecord:
         consumer = values.get("consumer")
         if (removed == "rows") != isinstance(consumer, str):
             raise ValueError(f"{field}.consumer must name a layer if and only if rows are removed, got {consumer!r}")
+        precision = values.get("precision")
+        if precision not in (None, INT8):
+            raise ValueError(f"{field}.precision must be {INT8!r} where it is given, got {precision!r}")
         sides = None if block_shape is None else (block_shape[0], block_shape[1])
-        record = cls(structure, (shape[0], shape[1]), kept, sha256, sides, transposed, removed, consumer)
+        record = cls(structure, (shape[0], shape[1]), kept, sha256, sides, transposed, removed, consumer, precision)
         if any(most < size for most, size in zip(_most(record), kept, strict=True)):
             raise ValueError(f"{field}.kept must be at most {list(_most(record))}, got {list(kept)}")
         density = values.get("density")

@@ -7,10 +7,11 @@ SIDES = (1, 4, 8, 16, 32, 64, 128)
 LEAST = 16  # weights of a block: smaller ones are full or empty by chance
 GROUPS = (4, 8, 16)
 SLACK = 1e-3  # of the kept blocks' weights may be zero by chance, as small values are in half precision
+INT8_SLACK = 0.05  # in int8: what is below 1/254 of the largest value of its row
 
 
-def structure_of(kept: Tensor) -> str:
-    """Name the structure of a mask, True where a weight is kept.
+def structure_of(kept: Tensor, slack: float = SLACK) -> str:
+    """Name the structure of a mask, True where a weight is kept; `slack` of what is kept may be missing.
 
     Returns:
         "dense" without zeros; "empty" without anything else; "rows", "columns" or "rows and columns" if the zeros are
@@ -23,10 +24,10 @@ def structure_of(kept: Tensor) -> str:
     if count == 0:
         return "empty"
     rows, columns = kept.any(1), kept.any(0)
-    if _full(count, int(rows.sum()) * int(columns.sum())):
+    if _full(count, int(rows.sum()) * int(columns.sum()), slack):
         sides = [name for name, alive in (("rows", rows), ("columns", columns)) if not bool(alive.all())]
         return " and ".join(sides) or "dense"
-    shapes = list(_full_blocks(kept, count))
+    shapes = list(_full_blocks(kept, count, slack))
     if shapes:
         height, width = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
         return f"{height}x{width}"
@@ -38,11 +39,11 @@ def structure_of(kept: Tensor) -> str:
     return "unstructured"
 
 
-def _full(count: int, covered: int) -> bool:
-    return count >= (1.0 - SLACK) * covered
+def _full(count: int, covered: int, slack: float) -> bool:
+    return count >= (1.0 - slack) * covered
 
 
-def _full_blocks(kept: Tensor, count: int) -> list[tuple[int, int]]:
+def _full_blocks(kept: Tensor, count: int, slack: float) -> list[tuple[int, int]]:
     """Return the shapes of blocks that divide the matrix and are each empty or full."""
     found = []
     for height in SIDES:
@@ -53,7 +54,7 @@ def _full_blocks(kept: Tensor, count: int) -> list[tuple[int, int]]:
             if kept.shape[1] % width:
                 break
             blocks = tall.view(tall.shape[0], -1, width).any(2)
-            if not _full(count, int(blocks.sum()) * height * width):
+            if not _full(count, int(blocks.sum()) * height * width, slack):
                 break  # wider blocks cover more zeros still
             if height * width >= LEAST:
                 found.append((height, width))

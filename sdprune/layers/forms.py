@@ -1,6 +1,6 @@
 """From one form of a layer to another: dense to pruned, stored tensors to what computes with them, and back."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from sdprune.formats.pack import grid_of, make_record, pack, scatter, unpack
 from sdprune.formats.record import LayerRecord
 from sdprune.layers.block_sparse import BlockSparseLinear
 from sdprune.layers.dense import Model, dense_layer, is_plain_linear, pruned_weight, sharing_copy
-from sdprune.layers.narrow import NarrowInt8Linear, NarrowLinear, RemovedInt8Linear, RemovedLinear
+from sdprune.layers.narrow import NarrowInt8Linear, NarrowLinear, RemovedInt8Linear, RemovedLinear, SmallerInt8
 from sdprune.layers.pruned import PrunedLinear
 from sdprune.layers.stacked import StackedPart
 from sdprune.masking.linears import is_conv1d, put_layer
@@ -81,33 +81,41 @@ def dense_copy(model: Model, *, keep: tuple[type[PrunedLinear], ...] = (), keep_
 
     Args:
         model: stays as it is.
-        keep: layers that stay pruned in the copy too.
+        keep: layers that stay pruned in the copy too, in floating point.
         keep_names: names of others that stay as they are.
 
     Raises:
         ValueError: the model comes from `speed_up`: in it layers do more than linear ones.
     """
     copy = sharing_copy(model)
-    replaced: set[str] = set()  # with layers inside, some of them
-    for name, module in list(copy.named_modules()):
+    for name, module in list(_whole_layers(copy)):
         if isinstance(module, StackedPart) or (isinstance(module, BlockSparseLinear) and module.activation is not None):
             raise ValueError(
                 f"model: layer {name!r} is computed in one step with others, as speed_up does for inference; pass the "
                 "model that it was made from"
             )
-        if name in keep_names or name.rpartition(".")[0] in replaced:
+        if name in keep_names:
             continue
-        masked = is_plain_linear(module) and getattr(module, "bit_mask", None) is not None
-        if masked or (isinstance(module, PrunedLinear) and not isinstance(module, keep)):
-            put_layer(copy, name, _dense_of(module))
-            replaced.add(name)
+        layer = module.dequantize() if isinstance(module, SmallerInt8) else module
+        masked = is_plain_linear(layer) and getattr(layer, "bit_mask", None) is not None
+        if masked or (isinstance(layer, PrunedLinear) and not isinstance(layer, keep)):
+            layer = _dense_of(layer)
+        if layer is not module:
+            put_layer(copy, name, layer)
     return copy
+
+
+def int8_names(model: nn.Module) -> list[str]:
+    """Return the names of the int8 layers."""
+    layers = ((name, module) for name, module in _whole_layers(model) if isinstance(module, PrunedLinear))
+    return [name for name, layer in layers if not layer.weight.is_floating_point()]
 
 
 def plain_copy(model: Any) -> Any:
     """Return a model around the same tensors whose layers are all dense, zeros in place, without any tag.
 
-    What it computes equals what `model` does, up to rounding; for tools that know only dense layers.
+    What it computes equals what `model` does, up to rounding; for tools that know only dense layers. Of int8 layers the
+    weights are float32, integers times scales, and inputs are no longer rounded to 8 bits.
     """
     tag = getattr(model.config, "quantization_config", None)
     dense = dense_copy(model)
@@ -122,6 +130,15 @@ def plain_copy(model: Any) -> Any:
             if hasattr(module_config, "_is_quantized"):
                 del module_config._is_quantized
     return dense
+
+
+def _whole_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, but for what pruned layers are made of."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(inside):
+            inside += (f"{name}.",) if isinstance(module, PrunedLinear) else ()
+            yield name, module
 
 
 def _dense_of(module: Any) -> nn.Module:

@@ -219,7 +219,7 @@ class RemovedLinear(Removed, nn.Linear):
         return layer.train(self.training)
 
 
-class _Int8(Smaller):
+class SmallerInt8(Smaller):
     """A matrix without some of its rows and columns, the rest in int8; it does not train.
 
     Attributes:
@@ -240,6 +240,10 @@ class _Int8(Smaller):
             ValueError: always.
         """
         raise ValueError("weight must be floating-point to be quantized, got torch.int8")
+
+    def dequantize(self) -> NarrowLinear | RemovedLinear:
+        """Return the same layer with a float32 weight, which trains; the bias is shared."""
+        raise NotImplementedError
 
     @property
     def density(self) -> float:
@@ -265,7 +269,7 @@ class _Int8(Smaller):
         return block_sparse_linear(input, self.blocks.matrix, bias)
 
 
-class NarrowInt8Linear(_Int8, NarrowLinear):
+class NarrowInt8Linear(SmallerInt8, NarrowLinear):
     """A `NarrowLinear` in int8, made by its `quantize`.
 
     Args:
@@ -277,8 +281,15 @@ class NarrowInt8Linear(_Int8, NarrowLinear):
         out_features: size of an output row.
     """
 
+    def dequantize(self) -> NarrowLinear:
+        """Return the same layer with a float32 weight, which trains; the bias is shared."""
+        weight, sizes = nn.Parameter(self._part()), (self.in_features, self.out_features)
+        layer = NarrowLinear(weight, self.bias, self.columns, self.rows, *sizes)
+        layer.transposed = self.transposed
+        return layer.train(self.training)
 
-class RemovedInt8Linear(_Int8, Removed):
+
+class RemovedInt8Linear(SmallerInt8, Removed):
     """A `RemovedLinear` in int8, made by its `quantize`: it takes and returns rows without what was removed.
 
     Args:
@@ -303,3 +314,9 @@ class RemovedInt8Linear(_Int8, Removed):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to rows in the last dimension of `input`."""
         return self._multiply(input, self.bias)
+
+    def dequantize(self) -> RemovedLinear:
+        """Return the same layer with a float32 weight, which trains; the bias is shared."""
+        layer = RemovedLinear(nn.Parameter(self._part()), self.dense_bias(), self.rows, self.columns, self.shape)
+        layer.transposed = self.transposed
+        return layer.train(self.training)

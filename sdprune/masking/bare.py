@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
@@ -54,6 +55,17 @@ def check_loaded(model: Any, what: str = "model") -> None:
             f"{what}: its parameter {empty!r} is on the meta device: it was never loaded, or is offloaded; load the "
             "model in full"
         )
+
+
+def check_float(model: nn.Module, what: str = "model") -> None:
+    """Raise ValueError if a layer has int8 values, as those of a checkpoint in int8, which nothing can train."""
+    for name, module in model.named_modules():
+        values = module.parameters(recurse=False)
+        if not isinstance(module, nn.Linear) and any(value.dtype == torch.int8 for value in values):
+            raise ValueError(
+                f"{what}: layer {name.removesuffix('.blocks')!r} is int8, which cannot be trained; pass the model with "
+                f"dense layers instead, sdprune.layers.forms.plain_copy({what})"
+            )
 
 
 def _inside(module: nn.Module) -> str | None:

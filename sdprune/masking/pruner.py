@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 
 from sdp_kernels import BitMask, zero_
 from sdprune.config import SDPruneConfig
-from sdprune.masking.bare import check_bare
+from sdprune.masking.bare import check_bare, check_float
 from sdprune.masking.layers import MaskedConv1D, MaskedLinear
 from sdprune.masking.linears import not_trainable
 from sdprune.masking.partition import Partition
@@ -31,10 +31,11 @@ def mask_model(model: nn.Module, config: SDPruneConfig) -> Partition:
 
     Raises:
         ValueError: as of `select_linears`; a layer cannot take the structure, the target leaves nothing of one, or the
-            model is pruned already under masks of other blocks. The model stays as it is.
+            model is pruned already under masks of other blocks, or a layer is int8. The model stays as it is.
         TypeError: the model is no module.
     """
     check_bare(model)
+    check_float(model)
     if masked_layers(model) and masked_fraction(model) == 0.0:
         unswap(model)  # masks that prune nothing, such as those of a run that was refused
     partition = Partition.of(model, select_linears(model, config), config)

@@ -26,7 +26,7 @@ def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
     check_bare(model)
     candidates = [name for name, module in model.named_modules() if is_linear(module) and name]
     if config.target_modules is None:
-        chosen = _in_layer_stack(model, candidates)
+        chosen = in_layer_stack(model, candidates)
         if not chosen and adapted(model):
             raise ValueError(_adapter_on(adapted(model)[0].removesuffix(".")))
         if not chosen:
@@ -64,7 +64,8 @@ def unreached(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _in_layer_stack(model: nn.Module, candidates: list[str]) -> list[str]:
+def in_layer_stack(model: nn.Module, candidates: Iterable[str]) -> list[str]:
+    """Return those of the named layers that lie inside the stack of repeated layers of the base model."""
     stacks = _stacks(model)
     return [name for name in candidates if name.startswith(stacks)]
 

@@ -13,7 +13,7 @@ from sdprune.data.labels import Target, match_classes, target_of
 from sdprune.data.tasks import Task
 from sdprune.formats.files import WeightFiles
 from sdprune.formats.model_config import read_config
-from sdprune.layers.forms import plain_copy
+from sdprune.layers.forms import int8_names, plain_copy
 
 TEXTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"  # in the names of classes of models
 
@@ -55,7 +55,9 @@ def model_target(name: str, label_type: str | None = None, *, trust_remote_code:
     return target_of(config, label_type, trained=tagged or _has_head(config, TEXTS), tagged=tagged)
 
 
-def load_classifier(name: str, task: Task, *, trust_remote_code: bool = False, all_classes: bool = False) -> Classifier:
+def load_classifier(
+    name: str, task: Task, *, trust_remote_code: bool = False, all_classes: bool = False, scored: bool = False
+) -> Classifier:
     """Load a classifier for `task` from a folder or the hub; a missing head is made for the task's classes.
 
     It classifies tokens where the task's words have labels. It may know more classes than the task: a small file
@@ -67,6 +69,7 @@ def load_classifier(name: str, task: Task, *, trust_remote_code: bool = False, a
         task: the labelled text.
         trust_remote_code: whether code that the model brings along may run.
         all_classes: whether the task has all classes that the model must know.
+        scored: whether the model is only scored: layers in int8, which round their inputs, stay what they are then.
 
     Raises:
         ValueError: the folder has no config.json or no weights, the model has other classes than the task, nobody says
@@ -103,7 +106,7 @@ def load_classifier(name: str, task: Task, *, trust_remote_code: bool = False, a
             f"{', '.join(task.label_names) or 'numbers'}: {classes} expected"
         )
     _agree_on_padding(model, tokenizer, name)
-    if getattr(model, "hf_quantizer", None) is not None:
+    if getattr(model, "hf_quantizer", None) is not None and not (scored and int8_names(model)):
         model = plain_copy(model)
     return Classifier(model, tokenizer, trained_head, dtype)
 

@@ -20,7 +20,14 @@ from sdprune.runs.classifier import check_model_folder
 from sdprune.training.folder import config_of, model_of
 
 
-def export_folder(source: Path, output: Path, format: str | None = None, *, trust_remote_code: bool = False) -> Path:
+def export_folder(
+    source: Path,
+    output: Path,
+    format: str | None = None,
+    *,
+    precision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
     """Export the model of a run, of a checkpoint or of a model folder.
 
     Of a finished run its model, of an unfinished one its newest whole checkpoint: with the zeros that its masks ask
@@ -30,15 +37,19 @@ def export_folder(source: Path, output: Path, format: str | None = None, *, trus
         source: the folder.
         output: the folder to make.
         format: as of `export`, or "onnx".
+        precision: as of `export`; None for "onnx".
         trust_remote_code: whether code that the model brings along may run.
 
     Raises:
-        ValueError: the folder holds no model, one of a class that transformers does not have, or masks of another.
+        ValueError: the folder holds no model, one of a class that transformers does not have, or masks of another; or
+            a precision for "onnx".
         FileNotFoundError: scores of a checkpoint whose configuration is missing.
         ImportError: a package that ONNX needs is missing.
     """
     import transformers
 
+    if format == "onnx" and precision is not None:
+        raise ValueError(f"precision must be left out with the format 'onnx', which is float32, got {precision!r}")
     if not source.is_dir():
         raise ValueError(f"{str(source)!r} is not a folder")
     folder = model_of(source)
@@ -52,7 +63,7 @@ def export_folder(source: Path, output: Path, format: str | None = None, *, trus
     if (folder / "tokenizer_config.json").exists():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if format != "onnx":
-        return export(model, output, format, config=config, processing_class=tokenizer)
+        return export(model, output, format, config=config, processing_class=tokenizer, precision=precision)
     export_onnx(model.eval(), output, _example_inputs(model, tokenizer), processing_class=tokenizer)
     return output
 

@@ -146,7 +146,7 @@ def load_workbench(
     source = _bundled(model, cache) or model
     target = model_target(source, data.label_type, trust_remote_code=trust_remote_code)
     task = load_task(data, cache=cache, target=replace(target, scored=scored))
-    classifier = load_classifier(source, task, trust_remote_code=trust_remote_code)
+    classifier = load_classifier(source, task, trust_remote_code=trust_remote_code, scored=scored)
     if classifier.trained_head:
         task = align_labels(task, classifier.model)
     # encode knows the tokenizer's own limit, not the model's

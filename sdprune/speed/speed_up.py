@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdp_kernels.cpu_engine import availability
 from sdprune.layers.dense import Model, dense_layer, dense_names, sharing_copy
-from sdprune.layers.forms import dense_copy
+from sdprune.layers.forms import dense_copy, int8_names
 from sdprune.layers.narrow import RemovedLinear
 from sdprune.layers.pruned import PrunedLinear
 from sdprune.masking.bare import check_bare
@@ -187,12 +187,7 @@ def _first_outputs(given: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Ten
 
 def _plannable(given: Model, kept: frozenset[str], precision: str) -> Model:
     """A copy in the dtype of the precision, in which sparse and masked layers are dense again; int8 ones stay."""
-    fixed = {
-        name
-        for name, module in given.named_modules()
-        if isinstance(module, PrunedLinear) and not module.weight.is_floating_point()
-    }
-    base = dense_copy(given, keep=(RemovedLinear,), keep_names=kept | fixed)
+    base = dense_copy(given, keep=(RemovedLinear,), keep_names=kept.union(int8_names(given)))
     for name, module in list(base.named_modules()):
         if isinstance(module, RemovedLinear) and name not in kept:  # what it lost nobody asks for in inference
             put_layer(base, name, dense_layer(module.weight.detach(), module.bias, False))

@@ -25,7 +25,7 @@ from sdprune.distillation.features import (
 from sdprune.distillation.steering import gradient_norm, steered_weight
 from sdprune.distillation.teacher import Teacher
 from sdprune.distillation.terms import BatchOutputs, distillation_terms, feature_names
-from sdprune.masking.bare import check_bare
+from sdprune.masking.bare import check_bare, check_float
 from sdprune.masking.pruner import masked_fraction
 from sdprune.masking.schedule import lr_factor
 from sdprune.training.checks import (
@@ -71,9 +71,9 @@ class SDPruneTrainer(Trainer):
         **kwargs: as of `transformers.Trainer`.
 
     Raises:
-        ValueError: a model is wrapped, no teacher is given and the model is pruned already, the teacher is the model
-            itself or has another vocabulary, other classes or another width, an objective does not fit the model, the
-            data have no labels for the task loss, or one process sees several GPUs.
+        ValueError: a model is wrapped or has int8 layers, no teacher is given and the model is pruned already, the
+            teacher is the model itself or has another vocabulary, other classes or another width, an objective does not
+            fit the model, the data have no labels for the task loss, or one process sees several GPUs.
         TypeError: `config` is no configuration.
         FloatingPointError: while training, when a part of the loss is not finite; the part is named.
     """
@@ -95,6 +95,7 @@ class SDPruneTrainer(Trainer):
             self.loss_is_scaled_for_ga = False
         self.sdprune_config = config
         check_bare(self.model)
+        check_float(cast(nn.Module, self.model))
         check_objectives(cast(nn.Module, self.model), config)
         if config.gradient_ratio is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("gradient_ratio measures whole gradients, which FSDP and DeepSpeed split; leave it out")

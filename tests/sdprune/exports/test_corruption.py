@@ -202,7 +202,75 @@ def test_only_the_variant(folder, load):
         load(folder)
 
 
+@pytest.fixture(scope="module")
+def rounded(make_architecture, tmp_path_factory):
+    _, model, _ = make_architecture("bert")
+    return export(model, tmp_path_factory.mktemp("exported") / "int8", "compact", precision="int8")
+
+
+@pytest.fixture
+def int8_folder(rounded, tmp_path):
+    return Path(shutil.copytree(rounded, tmp_path / "model"))
+
+
+SCALES = {
+    r"must have shape \(64,\) as config.json tells, got \(63,\)": lambda scales: scales[:-1],
+    r"must be float32, got torch\.float64": lambda scales: scales.double(),
+    r"must be finite and above 0, got 0\.0 at 3": lambda scales: scales.index_fill(0, torch.tensor([3]), 0.0),
+    r"must be finite and above 0, got -1\.0 at 3": lambda scales: scales.index_fill(0, torch.tensor([3]), -1.0),
+    r"must be finite and above 0, got nan at 3": lambda scales: scales.index_fill(0, torch.tensor([3]), torch.nan),
+    r"must be finite and above 0, got inf at 3": lambda scales: scales.index_fill(0, torch.tensor([3]), torch.inf),
+}
+
+
+@pytest.mark.parametrize("name", [BLOCK, SCATTERED])
+@pytest.mark.parametrize("message", SCALES)
+def test_scales_that_are_none(int8_folder, load, name, message):
+    def change(tensors):
+        tensors[f"{name}.scales"] = SCALES[message](tensors[f"{name}.scales"])
+
+    edit_weights(int8_folder / weights("compact"), change)
+    with pytest.raises(ValueError, match=rf"{weights('compact')}: {name}\.scales {message}"):
+        load(int8_folder, "compact")
+
+
+INT8_CHANGES = {
+    "weight must be int8, got torch.int16": lambda part: {"weight": part["weight"].short()},
+    "is not what config.json describes .*scales": lambda part: {"scales": part["scales"] * 2.0},
+    "is not what config.json describes .*weight": lambda part: {"weight": part["weight"] ^ 1},
+}
+
+
+@pytest.mark.parametrize("name", [BLOCK, NARROW, SCATTERED])
+@pytest.mark.parametrize("message", INT8_CHANGES)
+def test_integers_of_another_run(int8_folder, load, name, message):
+    def change(tensors):
+        part = {key: tensors[f"{name}.{key}"] for key in ("weight", "scales")}
+        tensors.update({f"{name}.{key}": value for key, value in INT8_CHANGES[message](part).items()})
+
+    edit_weights(int8_folder / weights("compact"), change)
+    with pytest.raises(ValueError, match=rf"{weights('compact')}: {name}.{message}"):
+        load(int8_folder, "compact")
+
+
+def test_no_scales(int8_folder, load):
+    edit_weights(int8_folder / weights("compact"), lambda tensors: tensors.pop(f"{NARROW}.scales"))
+    with pytest.raises(ValueError, match=rf"{weights('compact')}: tensor '{NARROW}.scales' is missing"):
+        load(int8_folder, "compact")
+
+
+@pytest.mark.parametrize("name", [BLOCK, NARROW, SCATTERED])
+def test_dense_weights_that_are_not_of_these_integers(int8_folder, load, name):
+    """One step of the last digit is enough, as it would give another scale; smaller ones round to the same integers."""
+    edit_weights(int8_folder / weights(None), lambda tensors: tensors[f"{name}.weight"].mul_(1.0 + 2.0**-20))
+    with pytest.raises(ValueError, match=rf"{weights(None)}: {name} is not what config.json describes"):
+        load(int8_folder)
+
+
 CHANGES = {
+    "precision must be 'int8' where it is given, got 'int4'": lambda tag: tag["modules"][BLOCK].update(
+        precision="int4"
+    ),
     "version must be 1, got 2; a later version of sdprune may know it": lambda tag: tag.update(version=2),
     "version must be 1, got True": lambda tag: tag.update(version=True),
     "has an unknown field 'extra'": lambda tag: tag.update(extra=1),

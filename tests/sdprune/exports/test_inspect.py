@@ -44,6 +44,7 @@ def rows_and_columns():
         (rows_and_columns()[1], "rows and columns"),
         (torch.eye(4, dtype=torch.bool).repeat_interleave(32, 0).repeat_interleave(32, 1), "32x32"),
         (torch.eye(8, dtype=torch.bool).repeat_interleave(16, 0).repeat_interleave(4, 1), "16x4"),
+        (torch.rand(4, 100).argsort(0).lt(2).repeat_interleave(32, 0), "32x1"),
         (
             with_blocks_inside(torch.eye(2, dtype=torch.bool).repeat_interleave(8, 0).repeat_interleave(8, 1)),
             "unstructured",

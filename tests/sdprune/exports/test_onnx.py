@@ -1,13 +1,17 @@
 """ONNX: the same outputs in onnxruntime, for every form that a pruned model can have."""
 
+import math
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import sdprune
 from sdp_kernels import BitMask
 from sdprune import BlockSparseLinear, SDPruneConfig
 from sdprune.exports.neurons import compact
 from sdprune.exports.onnx import MODEL_NAME, export_onnx
+from sdprune.layers.narrow import NarrowInt8Linear, RemovedInt8Linear
 from sdprune.masking.pruner import mask_model
 from sdprune.masking.swap import masked_layers
 
@@ -24,6 +28,21 @@ def inputs(batch):
 @pytest.fixture
 def model(model_factory):
     return model_factory(num_hidden_layers=1)
+
+
+def test_int8_layers(model, inputs, tmp_path):
+    """ONNX gets the weights that the integers stand for; what is narrower stays so, on both sides."""
+    layer = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        layer.intermediate.dense.weight[::2] = layer.output.dense.weight[:, ::2] = 0.0
+        layer.attention.self.query.weight[:16] = 0.0
+    found = sdprune.load(sdprune.export(model, tmp_path / "model", "compact", precision="int8"), "compact")
+    kinds = {type(module) for module in found.modules()}
+    assert {BlockSparseLinear, NarrowInt8Linear, RemovedInt8Linear} <= kinds
+    assert export_onnx(found, tmp_path / "onnx", inputs) < 1e-5
+    shapes = [tuple(value.dims) for value in onnx.load(tmp_path / "onnx" / MODEL_NAME).graph.initializer]
+    assert sum(math.prod(shape) for shape in shapes) < sum(value.numel() for value in model.parameters())
+    assert {type(module) for module in found.modules()} == kinds  # the model stays as it is
 
 
 def test_a_masked_model_with_a_sparse_layer(model, inputs, tmp_path):

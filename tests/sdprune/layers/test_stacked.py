@@ -115,7 +115,9 @@ def test_other_states_of_torch_are_other_results(stacked):
 
 def test_other_weights_are_other_results(stacked):
     rows = torch.randn(4, 48)
-    state = {name: torch.full_like(value, 0.1) if "bias" in name else value for name, value in stacked.state_dict().items()}
+    state = {
+        name: torch.full_like(value, 0.1) if "bias" in name else value for name, value in stacked.state_dict().items()
+    }
     with torch.no_grad():
         stacked.query(rows)
         before = stacked.key.stack._rows(stacked.key.stack.product(rows), 2)
