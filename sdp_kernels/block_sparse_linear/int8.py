@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdp_kernels import cpu_engine
 from sdp_kernels.block_sparse_linear.matrix import BlockLists, BlockSparseMatrix
 from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS, quantize_tokens
 from sdp_kernels.cpu_engine.gathered import rows_product
@@ -39,9 +40,11 @@ def _compute(
     activation: str | None,
 ) -> Tensor:
     """(tokens, in) -> (tokens, out), of the dtype of the input."""
+    walk = Walk(crow_indices, col_indices)
+    if cpu_engine.is_compiled(torch.float32):
+        return cpu_engine.int8_product(input, values, scales, bias, walk, activation)
     integers, zeros, factors = quantize_tokens(input)
-    walk, out_features = Walk(crow_indices, col_indices), scales.shape[0]
-    sums = rows_product((integers - zeros).double(), values.double(), walk, out_features)
+    sums = rows_product((integers - zeros).double(), values.double(), walk, scales.shape[0])
     output = sums.float() * (factors * scales)
     if bias is not None:
         output += bias.float()

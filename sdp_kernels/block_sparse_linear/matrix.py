@@ -10,6 +10,7 @@ from torch import Tensor
 from sdp_kernels.checks import check_dims, check_floating
 from sdp_kernels.masks import BitMask, as_bool, check_mask
 
+WHOLE_HEIGHT = 16  # a multiple of the lanes of every CPU
 MOST_INPUTS = (2**31 - 1) // (255 * 128)  # so that a sum of int8 products fits 32 bits
 
 
@@ -221,6 +222,18 @@ class BlockSparseMatrix:
         columns = columns.flatten()[inside]
         return BlockSparseMatrix(values[inside], crow, columns, self.shape, (height, width), scales=self.scales)
 
+    def packed(self) -> "BlockSparseMatrix":
+        """The same matrix as the compiled CPU engine reads it, so that its products copy nothing before they begin.
+
+        float32 blocks lie transposed in memory (`packed_values`); bfloat16 blocks are split to a width of 2 and int8
+        ones to 4, where theirs is a multiple of that. Other dtypes, and other devices, are as they were.
+        """
+        width = {torch.bfloat16: 2, torch.int8: 4}.get(self.values.dtype)
+        if self.values.device.type != "cpu" or width is None:
+            return replace(self, values=packed_values(self.values))
+        whole = self.block_shape[1] != width and self.block_shape[1] % width == 0
+        return self.split(width) if whole else self
+
     def to_torch_bsr(self) -> Tensor:
         """As a tensor of layout `torch.sparse_bsr`, sharing memory.
 
@@ -291,6 +304,15 @@ torch.export.register_dataclass(BlockLists, serialized_type_name="sdp_kernels.Bl
 torch.export.register_dataclass(BlockSparseMatrix, serialized_type_name="sdp_kernels.BlockSparseMatrix")
 
 
+def packed_values(values: Tensor) -> Tensor:
+    """The same values (blocks, out side, in side), laid out for products on their device.
+
+    On a CPU in float32 with the output side innermost, which the compiled engine then reads as it is; the shape stays.
+    """
+    innermost = values.device.type == "cpu" and values.dtype == torch.float32 and values.shape[1] % WHOLE_HEIGHT == 0
+    return values.transpose(1, 2).contiguous().transpose(1, 2) if innermost else values.contiguous()
+
+
 def _split_blocks(matrix: Tensor, block_shape: tuple[int, int]) -> Tensor:
     """(out, in) -> (rows, columns, block rows, block columns), padded with zeros."""
     height, width = block_shape
@@ -329,7 +351,7 @@ def _check_fields(matrix: BlockSparseMatrix) -> None:
     if matrix.scales is not None:
         _check_quantized(matrix)
     elif not values.is_floating_point():
-        raise ValueError(f"values must be a floating-point tensor, or int8 with scales, got {values.dtype}")
+        raise ValueError(f"values must be a floating-point tensor, got {values.dtype}; int8 needs scales")
     if values.dim() != 3 or tuple(values.shape[1:]) != tuple(matrix.block_shape):
         raise ValueError(f"values must have shape (blocks, *{tuple(matrix.block_shape)}), got {tuple(values.shape)}")
     for name, length in (("crow_indices", matrix.grid[0] + 1), ("col_indices", values.shape[0])):

@@ -6,6 +6,6 @@ run, otherwise plain torch (gathered.py).
 
 from sdp_kernels.cpu_engine.availability import is_compiled, multiplies_bfloat16
 from sdp_kernels.cpu_engine.gathered import values_product
-from sdp_kernels.cpu_engine.products import product
+from sdp_kernels.cpu_engine.products import int8_product, product
 
-__all__ = ["is_compiled", "multiplies_bfloat16", "product", "values_product"]
+__all__ = ["int8_product", "is_compiled", "multiplies_bfloat16", "product", "values_product"]

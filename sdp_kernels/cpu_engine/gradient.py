@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from sdp_kernels.cpu_engine.register_tile import LANES, TILE, TILE_ROWS, multiply_tile
+from sdp_kernels.cpu_engine.register_tile import FLOAT32, LANES, TILE, TILE_ROWS, multiply_tile
 from sdp_kernels.cpu_engine.threads import compiled, run_on_threads
 
 TOKENS = 512  # copied at a time
@@ -56,7 +56,8 @@ def _copy_gradients(gradient, height, tiles, parts):
 @compiled()
 def _add_block(tiles, inputs, tokens, height, width, edge, result):
     """result += gradients of a row of blocks, transposed, times inputs of a column of blocks."""
-    one_block, no_bias = np.zeros(1, np.int32), np.zeros(2 * LANES, np.float32)
+    one_block, no_bias = np.zeros(1, np.int32), np.zeros((3, 2 * LANES), np.float32)
+    no_terms = np.zeros((TILE, 2), np.float32)
     padded_width = inputs.shape[1]
     flat = inputs.reshape(-1)
     for i in range(len(tiles)):
@@ -64,7 +65,10 @@ def _add_block(tiles, inputs, tokens, height, width, edge, result):
         for first in range(0, padded_width, 2 * LANES):
             vectors = min(2, (padded_width - first) // LANES)
             columns = min(vectors * LANES, width - first)
-            multiply_tile(tiles[i], rows, flat[first:], padded_width, one_block, tokens, no_bias, edge, vectors)
+            weights = flat[first:]
+            multiply_tile(
+                FLOAT32, tiles[i], rows, weights, padded_width, one_block, tokens, no_bias, no_terms, edge, vectors
+            )
             for r in range(rows):
                 for c in range(columns):
                     result[i * TILE + r, first + c] += edge[r, c]

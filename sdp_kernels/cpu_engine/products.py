@@ -1,7 +1,7 @@
 """The block-sparse product on a CPU: by the compiled engine if numba is installed, otherwise in plain torch."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -44,32 +44,71 @@ def product(
     return output if activation is None else ACTIVATE_[activation](output)
 
 
-def _compiled_product(
-    input: Tensor, values: Tensor, bias: Tensor | None, walk: Walk, out_features: int, activation: str | None
+def int8_product(
+    input: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, walk: Walk, activation: str | None
 ) -> Tensor:
-    from sdp_kernels.cpu_engine.engine import Engine
+    """The product with int8 values by the compiled engine: as the op's reference defines it, integer by integer.
 
-    transposed = not values.is_contiguous() and values.transpose(1, 2).is_contiguous()
-    stored = values.transpose(1, 2) if transposed else values
-    engine = Engine(
-        stored.detach().float().contiguous().numpy(),
-        walk.offsets.numpy(),
-        walk.neighbours.numpy(),
-        None if walk.positions is None else walk.positions.numpy(),
-        transposed,
-        torch.get_num_threads(),
-    )
-    bias = input.new_zeros(out_features) if bias is None else bias
-    shift = bias.detach().float().contiguous().numpy()
+    Args:
+        input: (tokens, in).
+        values: (blocks, out side, in side) int8.
+        scales: (out,) float32.
+        bias: (out,) or None.
+        walk: where the blocks stand.
+        activation: key of `ACTIVATE_`, or None.
 
+    Returns:
+        (tokens, out), of the dtype of the input.
+    """
+    return _compiled_product(input, values, bias, walk, scales.shape[0], activation, scales)
+
+
+def _compiled_product(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    walk: Walk,
+    out_features: int,
+    activation: str | None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    from sdp_kernels.cpu_engine.engine import multiply
+    from sdp_kernels.cpu_engine.packing import pack
+    from sdp_kernels.cpu_engine.register_tile import HAS_BFLOAT16
+
+    pairs = input.dtype == values.dtype == torch.bfloat16 and HAS_BFLOAT16
+    if scales is None and not pairs:
+        values = values.float()
+    threads = torch.get_num_threads()
+    packed = pack(values.detach(), walk, input.shape[1], threads)
+    rows = input.new_zeros(1 if scales is None else 2, out_features, dtype=torch.float32)
+    if bias is not None:
+        rows[0] = bias.detach()
+    if scales is not None:
+        rows[1] = scales.detach()
+
+    input = input.detach()
     output = input.new_empty(input.shape[0], out_features)
-    as_it_is = input.dtype == torch.float32 and activation is None
-    tokens = max(1, input.shape[0]) if as_it_is else max(1, CHUNK_ELEMENTS // out_features)
-    for rows, result in zip(torch.split(input.detach(), tokens), torch.split(output, tokens), strict=True):
+    for part, result in _in_parts(input, output, together=input.dtype == torch.float32 and activation is None):
         wide = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
-        engine.multiply(rows.float().contiguous().numpy(), shift, wide.numpy())
+        words = pairs_of(part) if pairs else part.float().contiguous()
+        multiply(packed, words.numpy(), rows.numpy(), wide.numpy(), threads)
         if activation is not None:
             ACTIVATE_[activation](wide)
         if wide is not result:
             result.copy_(wide)
     return output
+
+
+def _in_parts(input: Tensor, output: Tensor, *, together: bool) -> Iterable[tuple[Tensor, Tensor]]:
+    """Tokens of both, in parts whose output stays in the cache until it is converted and activated."""
+    if together or output.numel() <= CHUNK_ELEMENTS:
+        return ((input, output),)
+    tokens = max(1, CHUNK_ELEMENTS // output.shape[1])
+    return zip(torch.split(input, tokens), torch.split(output, tokens), strict=True)
+
+
+def pairs_of(input: Tensor) -> Tensor:
+    """(tokens, in) bfloat16 as (tokens, ceil(in / 2)) words that hold two, carried as float32."""
+    padded = torch.nn.functional.pad(input, (0, 1)) if input.shape[1] % 2 else input.contiguous()
+    return padded.view(torch.float32)

@@ -13,21 +13,23 @@ from numba import njit
 
 from sdp_kernels.cpu_engine.availability import leave_threads_to_parent
 
-_lock = threading.Lock()  # numba's simplest way of running threads allows one caller at a time
+lock = threading.RLock()  # numba's simplest way of running threads allows one caller at a time
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=leave_threads_to_parent)
 
 
 def run_on_threads(threads: int, function: Callable[..., Any], *args: Any) -> None:
     """Call a compiled function on so many of numba's threads, and leave the counts of numba and torch as they were."""
-    with _lock:
+    with lock:
         threads_of_torch = torch.get_num_threads()
         before = numba.get_num_threads()
-        numba.set_num_threads(threads)
+        if before != threads:
+            numba.set_num_threads(threads)
         try:
             function(*args)
         finally:
-            numba.set_num_threads(before)
+            if before != threads:
+                numba.set_num_threads(before)
             if torch.get_num_threads() != threads_of_torch:  # both may share OpenMP, which numba sets up once
                 torch.set_num_threads(threads_of_torch)
 

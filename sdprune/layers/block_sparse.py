@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sdp_kernels import BitMask, BlockSparseMatrix, block_sparse_linear
-from sdp_kernels.block_sparse_linear.matrix import BlockLists
+from sdp_kernels.block_sparse_linear.matrix import BlockLists, packed_values
 from sdprune.formats.form import Form
 from sdprune.layers.dense import pruned_weight
 from sdprune.layers.pruned import PrunedLinear
@@ -24,6 +24,9 @@ class BlockSparseLinear(PrunedLinear):
     The result is that of the dense layer with zeros, up to rounding; it trains as well: gradients go to the input, the
     kept values and the bias. To step through plain PyTorch when something looks wrong, call the model inside
     `with sdp_kernels.use_backend("reference"):`; nothing has to be converted back for it.
+
+    On a CPU float32 blocks lie in memory with their outputs innermost, as products read them: nothing is copied before
+    a product, and nothing is kept that could go stale when values change. Safetensors asks for a contiguous copy.
 
     Where so many blocks are kept that a dense product of the same tokens is estimated to be faster, a call makes the
     dense weight, multiplies with it and throws it away (sdp_kernels/block_sparse_linear/break_even.py).
@@ -86,7 +89,7 @@ class BlockSparseLinear(PrunedLinear):
         if not 0 <= blocks <= rows * columns:
             raise ValueError(f"blocks must be from 0 to {rows * columns}, the blocks of the weight, got {blocks}")
         values = torch.zeros(blocks, *self.block_shape, device=device, dtype=torch.int8 if quantized else dtype)
-        self.values = nn.Parameter(values, requires_grad=not quantized)
+        self.values = nn.Parameter(packed_values(values), requires_grad=not quantized)
         scales = torch.ones(out_features, device=device, dtype=torch.float32) if quantized else None
         self.register_buffer("scales", scales)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -120,7 +123,7 @@ class BlockSparseLinear(PrunedLinear):
 
     @classmethod
     def from_matrix(cls, matrix: BlockSparseMatrix, bias: nn.Parameter | None, *, requires_grad: bool = True) -> Self:
-        """Return a layer around the tensors of a matrix and a bias, (out_features,) or None."""
+        """Return a layer around a matrix and a bias, (out_features,) or None, sharing what is laid out well."""
         out_features, in_features = matrix.shape
         layer = cls(
             in_features,
@@ -132,7 +135,7 @@ class BlockSparseLinear(PrunedLinear):
             quantized=matrix.scales is not None,
         )
         trains = requires_grad and matrix.scales is None
-        layer.values, layer.bias = nn.Parameter(matrix.values, requires_grad=trains), bias
+        layer.values, layer.bias = nn.Parameter(packed_values(matrix.values), requires_grad=trains), bias
         layer.crow_indices, layer.col_indices, layer.scales = matrix.crow_indices, matrix.col_indices, matrix.scales
         layer._set_lists(matrix.lists)
         return layer
@@ -143,7 +146,7 @@ class BlockSparseLinear(PrunedLinear):
         Raises:
             ValueError: values that are not finite, or are int8 already.
         """
-        layer = type(self).from_matrix(self.matrix.quantize(), self.bias)
+        layer = type(self).from_matrix(self.matrix.quantize().packed(), self.bias)
         layer.transposed, layer.activation = self.transposed, self.activation
         return layer.train(self.training)
 
@@ -212,11 +215,16 @@ class BlockSparseLinear(PrunedLinear):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Keep the scales in float32: other dtypes would round every weight of a row by the same error."""
+        """Lay the values out for the device that they come to, and keep the scales in float32.
+
+        In other dtypes these would round every weight of a row by the same error.
+        """
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
+        if not self.values.is_meta:
+            self.values.data = packed_values(self.values.data)
         return self
 
     def _set_lists(self, lists: BlockLists) -> None:

@@ -202,23 +202,13 @@ def _stack(matrices: Sequence[BlockSparseMatrix]) -> BlockSparseMatrix:
         crow.append(matrix.crow_indices[1:] + starts)
         starts += len(matrix.values)
     return BlockSparseMatrix(
-        _joined([matrix.values.detach() for matrix in matrices]),
+        torch.cat([matrix.values.detach() for matrix in matrices]),
         torch.cat(crow).int(),
         torch.cat([matrix.col_indices for matrix in matrices]),
         (sum(matrix.shape[0] for matrix in matrices), first.shape[1]),
         first.block_shape,
         scales=None if first.scales is None else torch.cat([matrix.scales for matrix in matrices]),  # type: ignore[misc]
     )
-
-
-def _joined(values: Sequence[Tensor]) -> Tensor:
-    """Blocks behind each other, in memory as they are: some engines read them transposed."""
-    across = [blocks.transpose(1, 2) for blocks in values]
-    if all(
-        turned.is_contiguous() and not blocks.is_contiguous() for turned, blocks in zip(across, values, strict=True)
-    ):
-        return torch.cat(across).transpose(1, 2)
-    return torch.cat(list(values))
 
 
 def _stack_biases(layers: Sequence[BlockSparseLinear]) -> nn.Parameter | None:
