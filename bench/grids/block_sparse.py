@@ -1,10 +1,12 @@
 """The block-sparse linear map in inference, against the dense product of the same weight and torch's BSR layout."""
 
 import importlib.util
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -128,8 +130,45 @@ def nvmath_ust(inputs: Inputs) -> Call:
     return lambda: F.linear(inputs["input"], weight) + inputs["bias"]
 
 
+def onnxruntime_linear(int8: bool = False) -> Contender:
+    """A dense layer in ONNX Runtime with as many threads as torch: float32, or what `quantize_dynamic` makes of it."""
+
+    def prepare(inputs: Inputs) -> Call:
+        from sdprune.formats.onnx import OnnxModel, quantize_onnx  # which takes transformers along
+
+        with tempfile.TemporaryDirectory() as folder:
+            path, quantized = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+            _write_linear(path, inputs["pattern"].to_dense(), inputs["bias"])
+            if int8:
+                quantize_onnx(path, quantized)
+            model = OnnxModel(quantized if int8 else path)
+        return lambda: model(input=inputs["input"])[0]
+
+    return Contender(prepare, devices=("cpu",))
+
+
+def _write_linear(path: Path, weight: Tensor, bias: Tensor) -> None:
+    """The product and the sum that exported layers of a Transformer consist of; a Gemm would not be quantised."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    nodes = [
+        helper.make_node("MatMul", ["input", "weight"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["output"]),
+    ]
+    outputs, columns = weight.shape
+    taken, given = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["tokens", size])
+        for name, size in (("input", columns), ("output", outputs))
+    )
+    constants = {"weight": weight.T.contiguous(), "bias": bias}
+    held = [numpy_helper.from_array(value.numpy(), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "linear", [taken], [given], held)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
 def contenders() -> Mapping[str, Contender]:
-    """Ours, and the dense product: in the same dtype, compiled, in bfloat16; and the sparse layouts of others.
+    """Ours, the dense product, in the same dtype, compiled, in bfloat16, in ONNX Runtime, and others' sparse layouts.
 
     Whether a CUDA graph can hold those is not promised anywhere.
     """
@@ -141,6 +180,8 @@ def contenders() -> Mapping[str, Contender]:
         "torch_bsr": Contender(torch_bsr, captured=False),
         "torch_2_4": Contender(torch_semi_structured, captured=False, devices=("cuda",), own=two_of_four),
     }
+    if all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime")):
+        found |= {"ort_fp32": onnxruntime_linear(), "ort_int8": onnxruntime_linear(int8=True)}
     if importlib.util.find_spec("nvmath") is not None:
         found["nvmath_ust"] = Contender(nvmath_ust, captured=False, devices=("cuda",))
     return found

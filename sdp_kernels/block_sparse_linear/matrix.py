@@ -184,9 +184,8 @@ class BlockSparseMatrix:
         if not finite.all():
             block, row = (int(place) for place in (~finite).any(2).nonzero()[0])
             row += int(self.block_rows[block]) * self.block_shape[0]
-            raise ValueError(
-                f"values must be finite to be quantized, got {int((~finite).sum())} others, from row {row}"
-            )
+            count = int((~finite).sum())
+            raise ValueError(f"values must be finite to be quantized, got {count} that are not, the first in row {row}")
         largest = values.new_zeros(self.grid[0], self.block_shape[0])
         for row, (start, end) in enumerate(pairwise(self.crow_indices.tolist())):
             if start < end:
@@ -225,14 +224,18 @@ class BlockSparseMatrix:
     def packed(self) -> "BlockSparseMatrix":
         """The same matrix as the compiled CPU engine reads it, so that its products copy nothing before they begin.
 
-        float32 blocks lie transposed in memory (`packed_values`); bfloat16 blocks are split to a width of 2 and int8
-        ones to 4, where theirs is a multiple of that. Other dtypes, and other devices, are as they were.
+        float32 blocks whose height is a multiple of 16 lie in memory with their output side innermost, the shape of
+        `values` unchanged; bfloat16 blocks are split to a width of 2 and int8 ones to 4, where theirs is a multiple of
+        that. Other blocks, and those on other devices, are as they were.
         """
-        width = {torch.bfloat16: 2, torch.int8: 4}.get(self.values.dtype)
-        if self.values.device.type != "cpu" or width is None:
-            return replace(self, values=packed_values(self.values))
-        whole = self.block_shape[1] != width and self.block_shape[1] % width == 0
-        return self.split(width) if whole else self
+        dtype, (height, width) = self.values.dtype, self.block_shape
+        if self.values.device.type != "cpu":
+            return self
+        if dtype == torch.float32:
+            innermost = self.values.transpose(1, 2).contiguous().transpose(1, 2)
+            return replace(self, values=innermost) if height % WHOLE_HEIGHT == 0 else self
+        whole = {torch.bfloat16: 2, torch.int8: 4}.get(dtype, width)
+        return self.split(whole) if width != whole and width % whole == 0 else self
 
     def to_torch_bsr(self) -> Tensor:
         """As a tensor of layout `torch.sparse_bsr`, sharing memory.
@@ -302,15 +305,6 @@ class BlockSparseMatrix:
 
 torch.export.register_dataclass(BlockLists, serialized_type_name="sdp_kernels.BlockLists")
 torch.export.register_dataclass(BlockSparseMatrix, serialized_type_name="sdp_kernels.BlockSparseMatrix")
-
-
-def packed_values(values: Tensor) -> Tensor:
-    """The same values (blocks, out side, in side), laid out for products on their device.
-
-    On a CPU in float32 with the output side innermost, which the compiled engine then reads as it is; the shape stays.
-    """
-    innermost = values.device.type == "cpu" and values.dtype == torch.float32 and values.shape[1] % WHOLE_HEIGHT == 0
-    return values.transpose(1, 2).contiguous().transpose(1, 2) if innermost else values.contiguous()
 
 
 def _split_blocks(matrix: Tensor, block_shape: tuple[int, int]) -> Tensor:

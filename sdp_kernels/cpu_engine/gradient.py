@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from sdp_kernels.cpu_engine.register_tile import FLOAT32, LANES, TILE, TILE_ROWS, multiply_tile
+from sdp_kernels.cpu_engine.register_tile import LANES, TILE, TILE_ROWS, multiply_tile
 from sdp_kernels.cpu_engine.threads import compiled, run_on_threads
 
 TOKENS = 512  # copied at a time
@@ -66,9 +66,7 @@ def _add_block(tiles, inputs, tokens, height, width, edge, result):
             vectors = min(2, (padded_width - first) // LANES)
             columns = min(vectors * LANES, width - first)
             weights = flat[first:]
-            multiply_tile(
-                FLOAT32, tiles[i], rows, weights, padded_width, one_block, tokens, no_bias, no_terms, edge, vectors
-            )
+            multiply_tile(tiles[i], rows, weights, padded_width, one_block, tokens, no_bias, no_terms, edge, vectors)
             for r in range(rows):
                 for c in range(columns):
                     result[i * TILE + r, first + c] += edge[r, c]

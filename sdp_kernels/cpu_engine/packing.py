@@ -2,7 +2,7 @@
 
 A word holds one float32, two bfloat16 or four int8 of inputs next to each other. Blocks of which every word is whole
 and every height a number of whole vectors may lie in memory like that already, and then nothing is copied: float32
-blocks stored transposed (`BlockSparseMatrix.pack`), bfloat16 blocks of width 2, int8 blocks of width 4.
+blocks stored transposed (`BlockSparseMatrix.packed`), bfloat16 blocks of width 2, int8 blocks of width 4.
 
 Where the width of a block is no number of whole words, its words are made of any inputs that its row of blocks keeps,
 in their order, and the engine gathers these.
@@ -13,6 +13,7 @@ in their order, and the engine gathers these.
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
@@ -22,14 +23,14 @@ from sdp_kernels.cpu_engine.register_tile import BFLOAT16, FLOAT32, INT8, LANES,
 from sdp_kernels.cpu_engine.threads import compiled, run_on_threads
 from sdp_kernels.masks import Walk
 
+WORDS = (np.float32, np.uint32, np.int32)  # by what they hold
 KIND_OF = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
 class Packed(NamedTuple):
     """A matrix as `engine.multiply` takes it, in NumPy arrays."""
 
-    kind: int  # of word
-    values: Any  # (blocks, words across, padded height) words as float32; (words, 1, padded height) where gathered
+    values: Any  # (blocks, words across, padded height) of a type in WORDS; (words, 1, padded height) where gathered
     offsets: Any  # (rows of blocks + 1,) int32, where each begins in `values`
     columns: Any  # (blocks,) int32, the block column of each block; where gathered the inputs in the pieces of words
     height: int  # rows of a block that count
@@ -60,7 +61,7 @@ def pack(values: Tensor, walk: Walk, in_features: int, threads: int) -> Packed:
         words = _in_words(ordered.view(len(ordered), height, width // pieces, pieces).transpose(1, 2))
     across = -(-in_features // width) * width  # inputs that the blocks cover
     arrays = [tensor.numpy() for tensor in (words, offsets, columns)]
-    return Packed(kind, arrays[0], arrays[1], arrays[2], height, -(-across // pieces), gathers)
+    return Packed(arrays[0].view(WORDS[kind]), arrays[1], arrays[2], height, -(-across // pieces), gathers)
 
 
 def _lies_packed(values: Tensor) -> bool:

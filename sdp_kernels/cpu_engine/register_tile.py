@@ -4,14 +4,16 @@ A tile, a few tokens by one or two vectors of output features, stays in register
 each weight vector that is loaded meets every token of the tile. LLVM does not find such a tile in scalar loops, so the
 inner loops are given to it in vector form.
 
-What is loaded are words of 32 bits, carried as float32 whatever they hold: one float32, two bfloat16 of neighbouring
-inputs, or four bytes of them. An instruction multiplies all words of a vector and adds up what is in each.
+What is loaded are words of 32 bits: one float32, two bfloat16 of neighbouring inputs, or four bytes of them. An
+instruction multiplies all words of a vector and adds up what is in each. Which of them it is, the type of the array of
+the weight tells, so that each has code of its own; inputs are carried as float32 whatever they hold.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return,call-arg,attr-defined"
 # mypy: disable-error-code="import-untyped,import-not-found,misc"
 
 import functools
+from itertools import chain
 
 import llvmlite.binding
 import numba
@@ -62,7 +64,7 @@ _FEATURES = _cpu_features()
 LANES, TILE = _vector_registers(_FEATURES)
 HAS_VNNI = LANES == 16 and "avx512vnni" in _FEATURES
 HAS_BFLOAT16 = LANES == 16 and "avx512bf16" in _FEATURES
-KINDS = (FLOAT32, *((BFLOAT16,) if HAS_BFLOAT16 else ()), INT8)  # that compile here
+KINDS = {types.float32: FLOAT32, types.uint32: BFLOAT16, types.int32: INT8}  # by the type of the words of a weight
 SMALL_TILE = TILE // 3
 TILE_ROWS = -(-TILE // LANES) * LANES  # so that whole squares can be transposed into a tile
 VECTOR, INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(LANE, LANES)
@@ -96,18 +98,21 @@ def _tile_product(tokens: int):
     """
 
     @intrinsic
-    def tile_product(typing_context, kind, vectors, tile, packed, height, columns, width, rows, terms, result):
-        signature = types.void(
-            types.intp, types.intp, tile, packed, types.intp, columns, types.intp, rows, terms, result
-        )
+    def tile_product(typing_context, vectors, tile, packed, height, columns, width, rows, terms, result):
+        signature = types.void(types.intp, tile, packed, types.intp, columns, types.intp, rows, terms, result)
+        kind = KINDS[packed.dtype]
 
         def generate(context, builder, signature, args):
-            arrays = [array_of(context, builder, signature, args, i) for i in (2, 3, 5, 7, 8, 9)]
-            for known in KINDS:
-                for count in (1, 2):
-                    fits = (builder.icmp_signed("==", args[i], INDEX(n)) for i, n in enumerate((known, count)))
-                    with builder.if_then(builder.and_(*fits)):
-                        _emit_product(builder, known, count, tokens, args[4], args[6], *arrays)
+            tile, packed, columns, rows, terms, result = (
+                array_of(context, builder, signature, args, i) for i in (1, 2, 4, 6, 7, 8)
+            )
+            (blocks,) = cgutils.unpack_tuple(builder, columns.shape)
+            strided = [(array.data, _strides(builder, array)[0]) for array in (rows, terms, result)]
+            weights = builder.bitcast(packed.data, FLOAT.as_pointer())
+            given = [tile.data, weights, args[3], columns.data, blocks, args[5], *chain.from_iterable(strided)]
+            for count in (1, 2):
+                with builder.if_then(builder.icmp_signed("==", args[0], INDEX(count))):
+                    builder.call(_product_function(builder.module, kind, count, tokens), given)
             return context.get_dummy_value()
 
         return signature, generate
@@ -115,26 +120,57 @@ def _tile_product(tokens: int):
     return tile_product
 
 
-def _emit_product(builder, kind, vectors, tokens, height, width, tile, packed, columns, rows, terms, result):
-    """The code of `_tile_product` for one kind of word and one number of vectors."""
+def _product_function(module, kind, vectors, tokens):
+    """The code of `_tile_product` for one kind of word and one number of vectors; once however often it is called."""
+    name = f"sdp_tile_product_{kind}_{vectors}_{tokens}"
+    if name in module.globals:
+        return module.globals[name]
+    floats, lists = FLOAT.as_pointer(), LANE.as_pointer()
+    arguments = [floats, floats, INDEX, lists, INDEX, INDEX, floats, INDEX, floats, INDEX, floats, INDEX]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block())
+    _emit_product(builder, kind, vectors, tokens, *function.args)
+    builder.ret_void()
+    return function
+
+
+def _emit_product(
+    builder,
+    kind,
+    vectors,
+    tokens,
+    tile,
+    packed,
+    height,
+    columns,
+    blocks,
+    width,
+    rows,
+    line,
+    terms,
+    terms_stride,
+    result,
+    result_stride,
+):
     number = INTEGERS if kind == INT8 else VECTOR
     multiply_add = {FLOAT32: _multiply_floats, BFLOAT16: _multiply_bfloats, INT8: _multiply_bytes}[kind]
     # LLVM turns these into registers.
     sums = [[cgutils.alloca_once(builder, number) for _ in range(vectors)] for _ in range(tokens)]
     for v in range(vectors):
-        place = vector_at(builder, rows.data, INDEX(v * LANES))
+        place = vector_at(builder, rows, INDEX(v * LANES))
         start = ir.Constant(number, None) if kind == INT8 else builder.load(place, align=4)
         for t in range(tokens):
             builder.store(start, sums[t][v])
 
-    (blocks,) = cgutils.unpack_tuple(builder, columns.shape)
     with cgutils.for_range(builder, blocks) as block_loop:
-        column = builder.sext(builder.load(builder.gep(columns.data, [block_loop.index])), INDEX)
-        corner = builder.gep(tile.data, [builder.mul(column, builder.mul(width, INDEX(TILE_ROWS)))])
+        column = builder.sext(builder.load(builder.gep(columns, [block_loop.index])), INDEX)
+        corner = builder.gep(tile, [builder.mul(column, builder.mul(width, INDEX(TILE_ROWS)))])
         begin = builder.mul(block_loop.index, builder.mul(width, height))
         with cgutils.for_range(builder, width) as loop:
             here = builder.add(begin, builder.mul(loop.index, height))
-            places = [vector_at(builder, packed.data, here, INDEX(v * LANES)) for v in range(vectors)]
+            places = [vector_at(builder, packed, here, INDEX(v * LANES)) for v in range(vectors)]
             weights = [builder.load(place, align=4) for place in places]
             factors = builder.gep(corner, [builder.mul(loop.index, INDEX(TILE_ROWS))])
             for t in range(tokens):
@@ -143,16 +179,15 @@ def _emit_product(builder, kind, vectors, tokens, height, width, tile, packed, c
                     total = multiply_add(builder, builder.load(sums[t][v]), factor, weights[v])
                     builder.store(total, sums[t][v])
 
-    result_stride, terms_stride, line = (_strides(builder, array)[0] for array in (result, terms, rows))
     for v in range(vectors):
-        places = [vector_at(builder, rows.data, builder.mul(line, INDEX(i)), INDEX(v * LANES)) for i in range(3)]
+        places = [vector_at(builder, rows, builder.mul(line, INDEX(i)), INDEX(v * LANES)) for i in range(3)]
         of_rows = [builder.load(place, align=4) for place in places] if kind == INT8 else []
         for t in range(tokens):
             total = builder.load(sums[t][v])
             if kind == INT8:
-                term = builder.gep(terms.data, [builder.mul(terms_stride, INDEX(t))])
+                term = builder.gep(terms, [builder.mul(terms_stride, INDEX(t))])
                 total = _scaled(builder, total, term, *of_rows)
-            place = vector_at(builder, result.data, builder.mul(result_stride, INDEX(t)), INDEX(v * LANES))
+            place = vector_at(builder, result, builder.mul(result_stride, INDEX(t)), INDEX(v * LANES))
             builder.store(total, place, align=4)
 
 
@@ -210,6 +245,17 @@ def _scaled(builder, total, term, bias, scales, sums):
     zero, sums = (builder.bitcast(vector, INTEGERS) for vector in (zero, sums))
     exact = builder.sitofp(builder.sub(total, builder.mul(zero, sums)), VECTOR)
     return builder.fadd(builder.fmul(exact, builder.fmul(scale, scales)), bias)
+
+
+@intrinsic
+def kind_of(typing_context, packed):
+    """What the words of a weight hold, known where it is compiled."""
+    kind = KINDS[packed.dtype]
+
+    def generate(context, builder, signature, args):
+        return INDEX(kind)
+
+    return types.intp(packed), generate
 
 
 @intrinsic
@@ -313,10 +359,10 @@ _product, _small_product = _tile_product(TILE), _tile_product(SMALL_TILE)
 
 
 @compiled()
-def multiply_tile(kind, tile, count, packed, height, columns, width, rows, terms, result, vectors):
+def multiply_tile(tile, count, packed, height, columns, width, rows, terms, result, vectors):
     """`_tile_product` for the first `count` tokens of a tile, in small steps if it is far from full."""
     if count > TILE - SMALL_TILE:
-        _product(kind, vectors, tile, packed, height, columns, width, rows, terms, result)
+        _product(vectors, tile, packed, height, columns, width, rows, terms, result)
         return
     for t in range(0, count, SMALL_TILE):
-        _small_product(kind, vectors, tile[:, t:], packed, height, columns, width, rows, terms[t:], result[t:])
+        _small_product(vectors, tile[:, t:], packed, height, columns, width, rows, terms[t:], result[t:])

@@ -1,7 +1,7 @@
 """One token of the input as integers of 8 bits, in vector form; `quantize_tokens` of the op's reference defines it."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return,call-arg,attr-defined,misc"
-# mypy: disable-error-code="import-untyped,import-not-found"
+# mypy: disable-error-code="import-untyped,import-not-found,unreachable"
 
 import numpy as np
 from llvmlite import ir
@@ -47,7 +47,8 @@ def quantize_token(token, bytes, term):
         magnitude[2] = max(magnitude[2], bits[k] & 0x7FFFFFFF)
     span = max(ends[1] - ends[0], SMALLEST_SPAN)
     if magnitude[2] >= INFINITE or not np.isfinite(span):
-        bytes[:] = 0
+        for k in range(len(bytes)):
+            bytes[k] = 0
         term[0], term[1] = 0, np.nan
         return
     inverse = np.float32(255) / span
@@ -55,7 +56,8 @@ def quantize_token(token, bytes, term):
     _integers(token, whole, inverse, zero, bytes)
     for k in range(whole, len(token)):
         bytes[k] = np.uint8(min(max(np.rint(token[k] * inverse) + zero, np.float32(0)), np.float32(255)))
-    bytes[len(token) :] = np.uint8(zero)
+    for k in range(len(token), len(bytes)):
+        bytes[k] = np.uint8(zero)
     term.view(np.int32)[0] = np.int32(zero)
     term[1] = span / np.float32(255)
 

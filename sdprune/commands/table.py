@@ -33,6 +33,9 @@ def print_table(metrics: Mapping[str, Any]) -> None:
             rows.append((label, *(f"{found[language][first]:.1%}" for language in languages)))
         print(f"\n{aligned(rows)}")
     print(f"\nSparsity is that of the pruned linear layers. {speed_note(metrics['runs'])}")
+    if opponents := next((run["opponents"] for run in metrics["runs"] if run.get("opponents")), None):
+        times = ", ".join(f"{value:.2f}x in {name}" for name, value in opponents.items())
+        print(f"The dense model itself reached {times}.")
     unreached = max((run.get("unreached", 0.0) for run in metrics["runs"]), default=0.0)
     if unreached:
         print(f"{unreached:.1%} of the model's parameters were out of reach: its layers hold more than linear ones.")

@@ -53,6 +53,7 @@ class ModelCard:
         metrics: scores of this model on the test rows, fractions.
         dense_metrics: those of the model before pruning.
         speeds: what was measured.
+        opponents: the same of the dense model as others run it: what this one has to beat.
         recipe: every setting, plain values.
         task: pipeline tag of the hub, such as "text-classification".
         dataset: hub id of the data, or None.
@@ -66,6 +67,7 @@ class ModelCard:
     metrics: Mapping[str, float]
     dense_metrics: Mapping[str, float]
     speeds: tuple[Speed, ...] = ()
+    opponents: tuple[Speed, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     task: str = "text-classification"
     dataset: str | None = None
@@ -118,6 +120,11 @@ def losing_cases(card: ModelCard) -> list[str]:
         f"{_where(speed)}, as {speed.form}: {speed.speedup:.2f} times the speed of the dense model, no gain."
         for speed in card.speeds
         if speed.speedup <= 1.0
+    ]
+    cases += [
+        f"{_where(other)}, the {other.form} has {other.speedup:.2f} times its speed in torch: faster than this model."
+        for other in card.opponents
+        if any(other.speedup > speed.speedup for speed in card.speeds if _place(speed) == _place(other))
     ]
     return cases
 
@@ -225,11 +232,15 @@ def _where(speed: Speed) -> str:
     return f"On {speed.device} in {speed.dtype}, batch {speed.batch} x {speed.sequence} tokens"
 
 
+def _place(speed: Speed) -> tuple[str, int, int]:
+    return speed.device, speed.batch, speed.sequence
+
+
 def _speed(card: ModelCard) -> str:
     if not card.speeds:
         return "## Speed\n\nNot measured. Zeros in dense weights alone never make a product faster."
     rows = [("device", "dtype", "batch", "sequence", "what ran", "times as fast")]
-    for speed in card.speeds:
+    for speed in (*card.speeds, *card.opponents):
         size = (str(speed.batch), str(speed.sequence))
         rows.append((speed.device, speed.dtype, *size, speed.form, f"{speed.speedup:.2f}"))
     return f"## Speed\n\n{markdown_table(rows)}\n\nAgainst the dense base model on the same device, medians."

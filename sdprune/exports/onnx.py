@@ -1,14 +1,14 @@
 """ONNX: a pruned model for other runtimes, through torch's own exporter, checked in onnxruntime."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdprune.files import new_directory
+from sdprune.formats.onnx import FirstOutput, OnnxModel, write_onnx
 from sdprune.layers.forms import dense_copy, int8_names, plain_copy
 from sdprune.layers.narrow import NarrowLinear, RemovedLinear
 
@@ -46,54 +46,23 @@ def export_onnx(
         RuntimeError: the outputs differ by more than the tolerance; nothing is written.
     """
     _check(model, inputs)
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  # the exporter's own need, named here before it fails deep inside
-    except ImportError as error:
-        raise ImportError(f"{error.name} is missing: pip install 'sdprune[onnx]'") from None
     copy = dense_copy(model, keep=(NarrowLinear, RemovedLinear))  # without our own operators
-    copy.config.use_cache = False  # nor a cache among its outputs
-    wrapped = _FirstOutput(copy, tuple(inputs)).eval()
+    wrapped = FirstOutput(copy, tuple(inputs))
     with new_directory(Path(directory)) as folder, torch.no_grad():
         path = folder / MODEL_NAME
-        sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter warns of torch's own deprecated parts, and of shared sizes
-            torch.onnx.export(
-                wrapped,
-                tuple(inputs.values()),
-                path,
-                input_names=list(inputs),
-                output_names=["logits"],
-                dynamic_shapes=((sizes,) * len(inputs),),
-                dynamo=True,
-                verbose=False,
-            )
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        write_onnx(wrapped, path, inputs)
+        written = OnnxModel(path)
         difference = 0.0
         for part in (inputs, {name: value[:-1, :-1] for name, value in inputs.items()}):
             expected = wrapped(*part.values())
-            (found,) = session.run(None, {name: value.numpy() for name, value in part.items()})
-            difference = max(difference, float((torch.from_numpy(found) - expected).abs().max()))
+            (found,) = written(**part)
+            difference = max(difference, float((found - expected).abs().max()))
         if not difference <= tolerance:
             raise RuntimeError(f"onnxruntime differs from torch by {difference:.3g}, more than {tolerance:.3g}")
         plain_copy(model).config.save_pretrained(folder)  # names of the labels, which runtimes look for here
         if processing_class is not None:
             processing_class.save_pretrained(folder)
     return difference
-
-
-class _FirstOutput(nn.Module):
-    """The model as a function of tensors in a fixed order."""
-
-    def __init__(self, model: Any, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = names
-
-    def forward(self, *values: Tensor) -> Tensor:
-        first: Tensor = self.model(**dict(zip(self.names, values, strict=True)))[0]
-        return first
 
 
 def _check(model: Any, inputs: Mapping[str, Tensor]) -> None:

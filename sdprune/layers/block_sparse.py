@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sdp_kernels import BitMask, BlockSparseMatrix, block_sparse_linear
-from sdp_kernels.block_sparse_linear.matrix import BlockLists, packed_values
+from sdp_kernels.block_sparse_linear.matrix import BlockLists
 from sdprune.formats.form import Form
 from sdprune.layers.dense import pruned_weight
 from sdprune.layers.pruned import PrunedLinear
@@ -25,8 +25,8 @@ class BlockSparseLinear(PrunedLinear):
     kept values and the bias. To step through plain PyTorch when something looks wrong, call the model inside
     `with sdp_kernels.use_backend("reference"):`; nothing has to be converted back for it.
 
-    On a CPU float32 blocks lie in memory with their outputs innermost, as products read them: nothing is copied before
-    a product, and nothing is kept that could go stale when values change. Safetensors asks for a contiguous copy.
+    `pack` lays the values out as products on a CPU read them; nothing is copied then before a product, and nothing is
+    kept beside the values that could go stale when they change.
 
     Where so many blocks are kept that a dense product of the same tokens is estimated to be faster, a call makes the
     dense weight, multiplies with it and throws it away (sdp_kernels/block_sparse_linear/break_even.py).
@@ -89,7 +89,7 @@ class BlockSparseLinear(PrunedLinear):
         if not 0 <= blocks <= rows * columns:
             raise ValueError(f"blocks must be from 0 to {rows * columns}, the blocks of the weight, got {blocks}")
         values = torch.zeros(blocks, *self.block_shape, device=device, dtype=torch.int8 if quantized else dtype)
-        self.values = nn.Parameter(packed_values(values), requires_grad=not quantized)
+        self.values = nn.Parameter(values, requires_grad=not quantized)
         scales = torch.ones(out_features, device=device, dtype=torch.float32) if quantized else None
         self.register_buffer("scales", scales)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -123,7 +123,7 @@ class BlockSparseLinear(PrunedLinear):
 
     @classmethod
     def from_matrix(cls, matrix: BlockSparseMatrix, bias: nn.Parameter | None, *, requires_grad: bool = True) -> Self:
-        """Return a layer around a matrix and a bias, (out_features,) or None, sharing what is laid out well."""
+        """Return a layer around the tensors of a matrix and a bias, (out_features,) or None."""
         out_features, in_features = matrix.shape
         layer = cls(
             in_features,
@@ -135,7 +135,7 @@ class BlockSparseLinear(PrunedLinear):
             quantized=matrix.scales is not None,
         )
         trains = requires_grad and matrix.scales is None
-        layer.values, layer.bias = nn.Parameter(packed_values(matrix.values), requires_grad=trains), bias
+        layer.values, layer.bias = nn.Parameter(matrix.values, requires_grad=trains), bias
         layer.crow_indices, layer.col_indices, layer.scales = matrix.crow_indices, matrix.col_indices, matrix.scales
         layer._set_lists(matrix.lists)
         return layer
@@ -146,9 +146,28 @@ class BlockSparseLinear(PrunedLinear):
         Raises:
             ValueError: values that are not finite, or are int8 already.
         """
-        layer = type(self).from_matrix(self.matrix.quantize().packed(), self.bias)
+        layer = type(self).from_matrix(self.matrix.quantize(), self.bias)
         layer.transposed, layer.activation = self.transposed, self.activation
         return layer.train(self.training)
+
+    def pack(self) -> Self:
+        """Lay the weight out for products on a CPU, in place, for inference; the result stays the same.
+
+        float32 values keep their shape and become strided, bfloat16 and int8 blocks are split to a width of 2 and 4
+        where they are wider (`sdp_kernels.BlockSparseMatrix.packed`).
+        """
+        matrix = self.matrix.packed()
+        if matrix.block_shape == self.block_shape:
+            self.values.data = matrix.values.detach()
+            return self
+        self.values = nn.Parameter(matrix.values.detach(), requires_grad=self.values.requires_grad)
+        self.crow_indices, self.col_indices, self.block_shape = (
+            matrix.crow_indices,
+            matrix.col_indices,
+            matrix.block_shape,
+        )
+        self._set_lists(matrix.lists)
+        return self
 
     def dense_weight(self) -> Tensor:
         """Return the weight (out, in) with its zeros, detached; float32 of int8 values."""
@@ -215,16 +234,16 @@ class BlockSparseLinear(PrunedLinear):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Lay the values out for the device that they come to, and keep the scales in float32.
+        """Keep the scales in float32: other dtypes would round every weight of a row by the same error.
 
-        In other dtypes these would round every weight of a row by the same error.
+        Values that are packed for a CPU are contiguous again where they come to another device.
         """
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
-        if not self.values.is_meta:
-            self.values.data = packed_values(self.values.data)
+        if self.values.device.type != "cpu" and not self.values.is_contiguous():
+            self.values.data = self.values.data.contiguous()
         return self
 
     def _set_lists(self, lists: BlockLists) -> None:

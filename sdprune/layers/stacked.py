@@ -53,7 +53,7 @@ class StackedLinear(nn.Module):
             bounds.append(bounds[-1] + layer.out_features)
         self.bounds = tuple(bounds)
         self.product = BlockSparseLinear.from_matrix(_stack([layer.matrix for layer in layers]), _stack_biases(layers))
-        self.product.requires_grad_(False).eval()
+        self.product.requires_grad_(False).eval().pack()
         self._slot = threading.local()
         _find_blocks(self)
         self.register_load_state_dict_post_hook(_find_blocks)  # type: ignore[no-untyped-call]

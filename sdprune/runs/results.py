@@ -6,7 +6,8 @@ Of this are made its row in `metrics.json`, its card, and the report.
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sdprune.recipe import Recipe
 from sdprune.runs.fresh import fresh_logits
 from sdprune.runs.predict import best_device, speedup
 from sdprune.runs.workbench import BUNDLED_MODEL, TRAINED, Workbench
+from sdprune.speed.opponents import opponent_speedups
 from sdprune.speed.timing import device_name
 from sdprune.training.folder import METRICS_NAME, SCORES_NAME
 
@@ -100,6 +102,11 @@ class Results:
         self.metrics: dict[str, Any] = {"dense": scores, "baselines": {}, "runs": []}
         self.records: list[RunRecord] = []
 
+    @cached_property
+    def opponents(self) -> dict[str, float]:
+        """What `opponent_speedups` finds of the dense model on the probe, measured once for all models of a run."""
+        return opponent_speedups(self.dense, self.workbench.probe)
+
     @torch.inference_mode()
     def add(self, model: Any, config: SDPruneConfig, recipe: Recipe, folder: Path, *, name: str = "") -> Assessment:
         """Export a model, have a fresh process load and score it, and write its card; its row is the last of `runs`.
@@ -148,6 +155,7 @@ class Results:
             "speedup": speedup(self.dense, timed, probe),
             "form": "sparse layers" if sparse else Speed.form,
             "device": best_device().type,
+            "opponents": self.opponents,
         }
         if workbench.task.zero_shot:
             row["languages"] = workbench.score_languages(logits)
@@ -203,11 +211,18 @@ def card_of(
         metrics={name: row[name] for name in task.metrics},
         dense_metrics={name: dense[name] for name in task.metrics},
         speeds=(speed,),
+        opponents=tuple(_opponent(speed, name, value) for name, value in row.get("opponents", {}).items()),
         recipe={name: public_name(value) for name, value in (recipe.to_dict() | {"model": base_model}).items()},
         task="token-classification" if task.tagged else "text-classification",
         unreached=row.get("unreached", 0.0),
         dataset=GLUE if recipe.data.data in GLUE_TASKS else None,
     )
+
+
+def _opponent(speed: Speed, name: str, value: float) -> Speed:
+    """The same place for the dense model in a runtime and a precision, "ONNX Runtime int8"."""
+    runtime, _, dtype = name.rpartition(" ")
+    return replace(speed, speedup=value, dtype=dtype, form=f"dense model in {runtime}")
 
 
 def _structure_name(config: SDPruneConfig) -> str:

@@ -1,11 +1,11 @@
-"""`benchmark`: a whole model, dense and sparse, eager and compiled, over sizes, dtypes and sparsities."""
+"""`benchmark`: a whole model, dense, sparse and as others run it, over sizes, dtypes and sparsities."""
 
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -20,15 +20,27 @@ from tqdm.auto import tqdm
 from sdprune.config import SDPruneConfig
 from sdprune.formats.form import BLOCK_SHAPES, Form
 from sdprune.formats.model_config import read_config
+from sdprune.formats.onnx import OnnxModel, missing_package
 from sdprune.layers.dense import sharing_copy
 from sdprune.layers.forms import plain_copy
 from sdprune.masking.linears import matrix
 from sdprune.masking.pruner import measure_sparsity
 from sdprune.masking.select import select_linears
 from sdprune.speed.compare import FLOORS
+from sdprune.speed.opponents import (
+    DENSE,
+    INT8,
+    LIMITS,
+    OPPONENT,
+    OURS,
+    Contender,
+    in_bfloat16,
+    in_onnxruntime,
+    one_line,
+)
 from sdprune.speed.plan import apply, plan
 from sdprune.speed.plan_record import Plan
-from sdprune.speed.timing import device_name, measure, peak_mib
+from sdprune.speed.timing import Times, device_name, measure, peak_mib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIGS: Mapping[
@@ -59,6 +71,7 @@ class BenchmarkConfig:
         block_shape: (out, in) of the blocks, pruned and stored; None: 32 x 32 to prune, and whatever shape is the
             fastest to store.
         compile: whether torch.compile is measured too.
+        opponents: whether, on a CPU, the dense model in ONNX Runtime, float32 and int8, and in bfloat16 is too.
         repeats: of each timing.
 
     Raises:
@@ -72,6 +85,7 @@ class BenchmarkConfig:
     sparsity: tuple[float, ...] = ()
     block_shape: tuple[int, int] | None = None
     compile: bool = True
+    opponents: bool = True
     repeats: int = 7
 
     def __post_init__(self) -> None:
@@ -154,10 +168,14 @@ def prune_random_blocks(model: nn.Module, sparsity: float, block_shape: tuple[in
 def benchmark(model: Any, config: BenchmarkConfig, output: Path) -> list[Row]:
     """Measure a model with zeros at every point and append its rows to `rows.jsonl` in `output` as they come.
 
-    At each point the layers are planned for it (`sdprune.plan`) on a copy. A contender is timed only if its output is
-    right: relative to the largest value of the dense float32 output, it may err twice as much as the dense model does
-    in its dtype, plus a small floor. Contenders take turns. `peak_mib` is what one call holds beyond the model and its
-    inputs, as torch's allocator reports it; on a CPU the copies that the compiled engine packs are not in it.
+    At each point the layers are planned for it (`sdprune.plan`) on a copy. The dense model and ours are timed only if
+    their output is right: relative to the largest value of the dense float32 output, it may err twice as much as the
+    dense model does in the dtype of the point, plus a small floor; in another precision, up to that one's limit.
+    Opponents run the model as it was given and are judged by it; one that errs more than its limit is timed all the
+    same, and its row says so. All take turns.
+
+    `peak_mib` is what one call holds beyond the model and its inputs, as torch's allocator reports it; on a CPU the
+    copies that the compiled engine packs are not in it, and ONNX Runtime reports none.
 
     Args:
         model: a transformers encoder or sequence classifier in float32, with zeros in its linear layers or to be
@@ -166,93 +184,143 @@ def benchmark(model: Any, config: BenchmarkConfig, output: Path) -> list[Row]:
         output: an existing folder.
 
     Returns:
-        The rows, four a point, or two without compilation.
+        The rows, one a contender at each point.
 
     Raises:
         ValueError: a length beyond the model's, a batch that it cannot take, no vocabulary, or nothing that is zero.
     """
     _check_model(model, config)
     device = torch.device(config.device)
-    points = list(product(config.sparsity or (None,), config.dtype, config.batch, config.sequence))
-    stages = 4 if config.compile else 3
+    opposed = config.opponents and device.type == "cpu"
+    sparsities = config.sparsity or (None,)
+    points = list(product(config.dtype, config.batch, config.sequence))
     rows: list[Row] = []
-    with tqdm(total=stages * len(points), unit="stage", dynamic_ncols=True) as bar:
-        for sparsity, dtype, batch, sequence in points:
-            label = f"{'' if sparsity is None else f'{sparsity:.0%} '}{dtype} {batch}x{sequence}"
+    total = opposed + len(sparsities) * (3 + config.compile) * len(points)
+    given = copy.deepcopy(model).to(device)
+    with tqdm(total=total, unit="stage", dynamic_ncols=True) as bar:
 
-            def stage(text: str, label: str = label) -> None:
-                bar.set_description(f"{label}: {text}")
-                bar.update()
+        def stage(label: str, text: str) -> None:
+            bar.set_description(f"{label}: {text}")
+            bar.update()
 
-            reference = copy.deepcopy(model).to(device)
+        opponents: list[Contender] = []
+        if opposed:
+            stage("opponents", "exporting to ONNX")
+            opponents = _opponents(given)
+        for sparsity in sparsities:
+            reference = copy.deepcopy(given)
             if sparsity is not None:
                 prune_random_blocks(reference, sparsity, config.block_shape or (32, 32))
             zeros = measure_sparsity(reference, select_linears(reference, SDPruneConfig()))
-            head = {"dtype": dtype, "batch": batch, "sequence": sequence, "sparsity": zeros.linear}
-            head |= {"block_shape": config.block_shape and list(config.block_shape)} | _stamp(device)
-            inputs = _inputs(model.config, batch, sequence, device)
-            found = _point(reference, inputs, head, config, stage)
-            rows += found
-            with (output / ROWS_NAME).open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in found))
+            head = {"sparsity": zeros.linear, "block_shape": config.block_shape and list(config.block_shape)}
+            for dtype, batch, sequence in points:
+                where = {"dtype": dtype, "batch": batch, "sequence": sequence} | head | _stamp(device)
+                label = f"{'' if sparsity is None else f'{sparsity:.0%} '}{dtype} {batch}x{sequence}"
+                found = _point(reference, given, opponents, where, config, partial(stage, label))
+                _append(output / ROWS_NAME, found)
+                rows += found
     return rows
 
 
+def _opponents(given: Any) -> list[Contender]:
+    return [in_bfloat16(given), *in_onnxruntime(given, _inputs(given.config, 2, 3, torch.device("cpu")))]
+
+
+def _append(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
 def _point(
-    reference: nn.Module,
-    inputs: Mapping[str, Tensor],
+    reference: Any,
+    given: Any,
+    opponents: Sequence[Contender],
     head: Row,
     config: BenchmarkConfig,
     stage: Callable[[str], None],
 ) -> list[Row]:
     """The rows of one point: plan, gate, times, memory."""
     device = torch.device(config.device)
-    dtype: str = head["dtype"]
-    dense = reference if dtype == "float32" else copy.deepcopy(reference).to(DTYPES[dtype])
-    stage("planning")
-    shapes = BLOCK_SHAPES if config.block_shape is None else (config.block_shape,)
-    made = plan(dense, inputs, block_shapes=shapes, repeats=config.repeats)
-    sparse = apply(sharing_copy(dense), made)
-    torch.compiler.reset()  # or torch.compile gives up after a few shapes
-    models: dict[str, Any] = {"dense eager": dense, "sparse eager": sparse}
-    if config.compile:
-        stage("compiling")
-        models |= {
-            f"{name} compiled": torch.compile(module, dynamic=False)
-            for name, module in (("dense", dense), ("sparse", sparse))
-        }
-    rows: dict[str, Row] = {}
-    calls: dict[str, Callable[[], Any]] = {}
+    inputs = _inputs(reference.config, head["batch"], head["sequence"], device)
+    contenders = [*_contenders(reference, inputs, head["dtype"], config, stage), *opponents]
+    contenders = [one for one in contenders if one.name != f"dense {head['dtype']}"]  # where that is the dense model
     with torch.inference_mode():
-        truth = first_tensor(reference(**inputs)).double()
-        allowed = FLOORS[dtype] + (0.0 if dense is reference else 2 * _error(first_tensor(dense(**inputs)), truth))
-        for name, module in models.items():
-            row = rows[name] = head | {"contender": name, "weights_mib": _weights_mib(dense, sparse, name)}
-            if name.startswith("sparse"):
-                row |= _plan_summary(made)
-            call = partial(module, **inputs)
-            try:
-                error = _error(first_tensor(call()), truth)
-            except RuntimeError as problem:  # no compiler, too little memory: the row says what was raised
-                if name == "dense eager":
-                    raise
-                row["failed"] = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:300]
-                continue
-            row |= {"error": error if error == error else None, "allowed": allowed, "correct": error <= allowed}
-            if row["correct"]:
-                calls[name] = call
+        judges = {DENSE: reference, OURS: reference, OPPONENT: given}
+        truths = {role: first_tensor(model(**inputs)).double() for role, model in judges.items()}
+        rows, calls = _gate(contenders, truths, inputs, head)
         stage("timing")
         times = measure(calls, device, config.repeats)
         stage("measuring memory")
         for name, taken in times.items():
-            seconds, row = taken.median / 1e3, rows[name]
-            row |= {"median_ms": taken.median, "p20_ms": taken.p20, "p80_ms": taken.p80, "repeats": taken.repeats}
-            row |= {"sequences_per_s": head["batch"] / seconds, "peak_mib": peak_mib(calls[name], device)}
-            row["tokens_per_s"] = head["batch"] * head["sequence"] / seconds
-            for mode in ("eager", "compiled"):
-                base = times.get(f"dense {mode}")
-                row[f"speedup_over_{mode}"] = None if base is None else base.median / taken.median
+            rows[name] |= _speed(taken, times, head)
+            if not isinstance(calls[name].func, OnnxModel):
+                rows[name]["peak_mib"] = peak_mib(calls[name], device)
     return list(rows.values())
+
+
+def _contenders(
+    reference: nn.Module,
+    inputs: Mapping[str, Tensor],
+    dtype: str,
+    config: BenchmarkConfig,
+    stage: Callable[[str], None],
+) -> list[Contender]:
+    """The dense model, first of all, and ours at one point."""
+    dense = reference if dtype == "float32" else copy.deepcopy(reference).to(DTYPES[dtype])
+    stage("planning")
+    shapes = BLOCK_SHAPES if config.block_shape is None else (config.block_shape,)
+    made = plan(dense, inputs, block_shapes=shapes, repeats=config.repeats)
+    found = [
+        Contender("dense eager", DENSE, dtype, dense),
+        Contender("sparse eager", OURS, dtype, apply(sharing_copy(dense), made), _plan_summary(made)),
+    ]
+    if config.compile:
+        stage("compiling")
+        torch.compiler.reset()  # or torch.compile gives up after a few shapes
+        found += [
+            replace(one, name=one.name.replace("eager", "compiled"), model=torch.compile(one.model, dynamic=False))
+            for one in found
+        ]
+    return found
+
+
+def _gate(
+    contenders: Sequence[Contender], truths: Mapping[str, Tensor], inputs: Mapping[str, Tensor], head: Row
+) -> tuple[dict[str, Row], dict[str, Any]]:
+    """A row for each contender, with its error from the truth of its role, and the calls that are to be timed."""
+    rows: dict[str, Row] = {}
+    calls: dict[str, Any] = {}
+    dtype: str = head["dtype"]
+    lost = _error(first_tensor(contenders[0].model(**inputs)), truths[DENSE])  # by the dense model in its dtype
+    for one in contenders:
+        row = rows[one.name] = head | {"contender": one.name, "role": one.role, "precision": one.precision}
+        row |= {"weights_mib": one.weights_mib, **one.facts}
+        if one.failed:
+            row["failed"] = one.failed
+            continue
+        call = partial(one.model, **inputs)
+        try:
+            error = _error(first_tensor(call()), truths[one.role])
+        except Exception as problem:  # no compiler, too little memory: the row says what was raised
+            if one.role != OPPONENT and not isinstance(problem, RuntimeError):
+                raise
+            row["failed"] = one_line(problem)
+            continue
+        allowed = FLOORS[dtype] + 2 * lost if one.precision == dtype else LIMITS[one.precision]
+        row |= {"error": error if error == error else None, "allowed": allowed, "correct": error <= allowed}
+        if row["correct"] or one.role == OPPONENT:
+            calls[one.name] = call
+    return rows, calls
+
+
+def _speed(taken: Times, times: Mapping[str, Times], head: Row) -> Row:
+    """What a row says of times, and how they compare with those of the dense model and of the hardest opponent."""
+    seconds = taken.median / 1e3
+    found: Row = {"median_ms": taken.median, "p20_ms": taken.p20, "p80_ms": taken.p80, "repeats": taken.repeats}
+    found |= {"sequences_per_s": head["batch"] / seconds, "tokens_per_s": head["batch"] * head["sequence"] / seconds}
+    for key, name in (("eager", "dense eager"), ("compiled", "dense compiled"), ("int8", INT8)):
+        found[f"speedup_over_{key}"] = times[name].median / taken.median if name in times else None
+    return found
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -277,11 +345,6 @@ def _plan_summary(made: Plan) -> Row:
     }
 
 
-def _weights_mib(dense: nn.Module, sparse: nn.Module, name: str) -> float:
-    module = dense if name.startswith("dense") else sparse
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) / 2**20
-
-
 def _inputs(config: Any, batch: int, sequence: int, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else -1
@@ -296,6 +359,7 @@ def _stamp(device: torch.device) -> Row:
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__,
         "transformers": version("transformers"),
+        "onnxruntime": version("onnxruntime") if missing_package() is None else None,
         "sdprune": version("sdprune"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdp_kernels.cpu_engine import availability
+from sdprune.layers.block_sparse import BlockSparseLinear
 from sdprune.layers.dense import Model, dense_layer, dense_names, sharing_copy
 from sdprune.layers.forms import dense_copy, int8_names
 from sdprune.layers.narrow import RemovedLinear
@@ -238,7 +239,12 @@ def _converted(
         precision="int8" if precision == "int8" else None,
     )
     made = agree(made, base, inputs)
-    return apply(sharing_copy(base), made), made
+    converted = apply(sharing_copy(base), made)
+    for name in made.choices:
+        layer = converted.get_submodule(name)
+        if isinstance(layer, BlockSparseLinear):
+            layer.pack()
+    return converted, made
 
 
 def _dtype_name(model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """The grids that ship: their baselines compute what the op does."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from bench.grid import Grid
 from bench.grids import GRIDS
 from bench.grids.cross_correlation import load_lightly
-from bench.runner import Step, reference_results, relative_errors, require_gradients
+from bench.runner import BASELINE_LIMIT, Step, reference_results, relative_errors, require_gradients
 
 LIGHTLY = """
 import torch
@@ -36,7 +37,7 @@ def test_contenders_agree_with_the_reference(grid: Grid) -> None:
         if name != "compile" and "cpu" in contender.devices:  # compiled is the function of "eager"
             errors = relative_errors(Step(contender(inputs), leaves)(), truth)
             assert len(errors) == 1 + len(leaves), name
-            assert max(errors) < {"lightly": 1e-4, "dense_bf16": 2e-2}.get(name, 1e-5), name
+            assert max(errors) < {"lightly": 1e-4, "dense_bf16": 2e-2, "ort_int8": 5e-2}.get(name, 1e-5), name
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -93,3 +94,16 @@ def test_lightly_is_used_without_what_its_package_imports(tmp_path: Path, monkey
     assert float(loss(torch.ones(2, 3), torch.zeros(2, 3))) == pytest.approx(6 * 5e-3)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert load_lightly() is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs the extra onnx")
+def test_onnxruntime_computes_the_dense_layer() -> None:
+    grid = GRIDS["block_sparse"]
+    inputs = grid.inputs((3, 64, 96, 32, 32, 50), torch.float32, torch.device("cpu"))
+    expected = grid.reference(**inputs)
+    errors = []
+    for name in ("ort_fp32", "ort_int8"):
+        contender = grid.contenders()[name]
+        assert contender.devices == ("cpu",)
+        errors.append(float((contender(inputs)() - expected).abs().max() / expected.abs().max()))
+    assert errors[0] < 1e-5 < errors[1] < BASELINE_LIMIT

@@ -54,6 +54,14 @@ def make_model(seed: int = 0, **changes: object) -> BertForSequenceClassificatio
 
 
 @pytest.fixture
+def unopposed(monkeypatch):
+    """Runs without the times of ONNX Runtime, where that is installed: an export would take most of a tiny run."""
+    from sdprune.runs import results
+
+    monkeypatch.setattr(results, "opponent_speedups", lambda model, inputs: {})
+
+
+@pytest.fixture
 def model() -> BertForSequenceClassification:
     return make_model()
 

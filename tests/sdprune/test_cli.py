@@ -24,7 +24,7 @@ FAST += ["--save-steps", "4", "--bf16", "false", "--warmup-steps", "0", "--loggi
 
 
 @pytest.fixture
-def prune(model_folder, csv_file, tmp_path):
+def prune(model_folder, csv_file, tmp_path, unopposed):
     """Return a call of `sdprune prune` on a tiny model and file."""
 
     def call(*options, model=model_folder, data=csv_file, output=tmp_path / "run"):

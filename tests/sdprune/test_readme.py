@@ -17,7 +17,7 @@ TRIED_HERE = ("sdprune prune", "sdprune evaluate", "sdprune inspect", "sdprune e
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, model_folder, csv_writer):
+def workplace(tmp_path, monkeypatch, model_folder, csv_writer, unopposed):
     """Return a folder with what the README calls my-model and reviews.csv."""
     csv_writer(tmp_path / "reviews.csv", 960)
     shutil.copytree(model_folder, tmp_path / "my-model")

@@ -7,6 +7,11 @@ import transformers
 from sdprune.runs import results
 
 
+@pytest.fixture(autouse=True)
+def without_opponents(unopposed):
+    """All runs here are unopposed."""
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """Load exported folders in this process: a fresh one for each model would take most of the time."""

@@ -78,6 +78,29 @@ def test_what_is_timed_has_the_layers_that_the_export_becomes(model, model_folde
     assert "sparse layers | 2.00" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_the_card_tells_what_the_dense_model_reaches_in_onnxruntime(
+    model, model_folder, csv_file, tmp_path, monkeypatch, in_process, capsys
+):
+    measured = []
+    found = {"ONNX Runtime float32": 1.5, "ONNX Runtime int8": 2.5}
+    monkeypatch.setattr(results, "opponent_speedups", lambda dense, inputs: measured.append(dense) or found)
+    monkeypatch.setattr(results, "speedup", lambda dense, pruned, inputs: 2.0)
+    workbench = load_workbench(str(model_folder), DataConfig(data=str(csv_file)))
+    gathered = results.Results(workbench, workbench.classifier.model, {"accuracy": 0.5, "macro_f1": 0.5})
+    for name in ("a", "b"):
+        gathered.add(model, SDPruneConfig(), Recipe(str(model_folder)), tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        assert "| dense model in ONNX Runtime | 1.50 |" in card
+        assert "| int8 | 32 |" in card
+        assert "the dense model in ONNX Runtime has 2.50 times its speed in torch: faster than this model." in card
+        assert "has 1.50 times its speed" not in card, "ours is faster"
+    assert measured == [workbench.classifier.model], "once for all models of a run"
+    print_table(gathered.metrics)
+    assert "The dense model itself reached 1.50x in ONNX Runtime float32, 2.50x in ONNX Runtime int8." in (
+        capsys.readouterr().out
+    )
+
+
 def test_a_difference_after_reloading_is_reported(model, model_folder, csv_file, tmp_path, monkeypatch):
     workbench = load_workbench(str(model_folder), DataConfig(data=str(csv_file)))
     with torch.inference_mode():

@@ -22,7 +22,7 @@ from sdprune.speed.benchmark import (
 )
 from sdprune.speed.report import break_even, draw, outcome, table, write_report
 
-SMALL = {"batch": (2,), "sequence": (8,), "repeats": 3, "compile": False, "block_shape": (8, 8)}
+SMALL = {"batch": (2,), "sequence": (8,), "repeats": 3, "compile": False, "opponents": False, "block_shape": (8, 8)}
 
 
 @pytest.fixture
