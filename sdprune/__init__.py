@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sdprune.runs.prune_then_distill import PruneThenDistillResult as PruneThenDistillResult
     from sdprune.runs.prune_then_distill import prune_then_distill as prune_then_distill
     from sdprune.speed.plan import plan as plan
+    from sdprune.speed.speed_up import speed_up as speed_up
     from sdprune.training.callback import SDPruneCallback as SDPruneCallback
     from sdprune.training.trainer import SDPruneTrainer as SDPruneTrainer
 
@@ -46,6 +47,7 @@ _PUBLIC = {  # module -> names
     "runs.prune": ("PruneResult", "prune"),
     "runs.prune_then_distill": ("PruneThenDistillResult", "prune_then_distill"),
     "speed.plan": ("plan",),
+    "speed.speed_up": ("speed_up",),
     "training.callback": ("SDPruneCallback",),
     "training.trainer": ("SDPruneTrainer",),
 }

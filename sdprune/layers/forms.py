@@ -1,6 +1,6 @@
 """From one form of a layer to another: dense to pruned, stored tensors to what computes with them, and back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from sdprune.layers.block_sparse import BlockSparseLinear
 from sdprune.layers.dense import Model, dense_layer, is_plain_linear, pruned_weight, sharing_copy
 from sdprune.layers.narrow import NarrowInt8Linear, NarrowLinear, RemovedInt8Linear, RemovedLinear, SmallerInt8
 from sdprune.layers.pruned import PrunedLinear
+from sdprune.layers.stacked import StackedPart
 from sdprune.masking.linears import is_conv1d, put_layer
 
 
@@ -75,15 +76,26 @@ def _narrow(tensors: Mapping[str, Tensor], bias: nn.Parameter | None, record: La
     return (NarrowInt8Linear if quantized else NarrowLinear).from_parts(held, bias, tensors, record.shape)
 
 
-def dense_copy(model: Model, *, keep: tuple[type[PrunedLinear], ...] = ()) -> Model:
+def dense_copy(model: Model, *, keep: tuple[type[PrunedLinear], ...] = (), keep_names: Collection[str] = ()) -> Model:
     """Return a copy around the same tensors in which every sparse or masked layer is dense, its zeros in place.
 
     Args:
         model: stays as it is.
         keep: layers that stay pruned in the copy too, in floating point.
+        keep_names: names of others that stay as they are.
+
+    Raises:
+        ValueError: the model comes from `speed_up`: in it layers do more than linear ones.
     """
     copy = sharing_copy(model)
     for name, module in list(_whole_layers(copy)):
+        if isinstance(module, StackedPart) or (isinstance(module, BlockSparseLinear) and module.activation is not None):
+            raise ValueError(
+                f"model: layer {name!r} is computed in one step with others, as speed_up does for inference; pass the "
+                "model that it was made from"
+            )
+        if name in keep_names:
+            continue
         layer = module.dequantize() if isinstance(module, SmallerInt8) else module
         masked = is_plain_linear(layer) and getattr(layer, "bit_mask", None) is not None
         if masked or (isinstance(layer, PrunedLinear) and not isinstance(layer, keep)):

@@ -35,9 +35,9 @@ def select_linears(model: nn.Module, config: SDPruneConfig) -> list[str]:
                 + _listed(candidates)
             )
     else:
-        chosen = _matching("target_modules", config.target_modules, candidates)
+        chosen = matching("target_modules", config.target_modules, candidates)
     if config.exclude_modules is not None:
-        excluded = set(_matching("exclude_modules", config.exclude_modules, candidates))
+        excluded = set(matching("exclude_modules", config.exclude_modules, candidates))
         chosen = [name for name in chosen if name not in excluded]
         if not chosen:
             raise ValueError("exclude_modules leaves no layer to prune. " + _listed(candidates))
@@ -81,7 +81,12 @@ def _stacks(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _matching(option: str, patterns: str | tuple[str, ...], candidates: list[str]) -> list[str]:
+def matching(option: str, patterns: str | tuple[str, ...], candidates: list[str]) -> list[str]:
+    """Return the candidates whose whole name matches a pattern.
+
+    Raises:
+        ValueError: a pattern is no regular expression or matches none of them; `option` is what the message calls it.
+    """
     matched = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         try:

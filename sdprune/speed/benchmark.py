@@ -26,6 +26,7 @@ from sdprune.layers.forms import plain_copy
 from sdprune.masking.linears import matrix
 from sdprune.masking.pruner import measure_sparsity
 from sdprune.masking.select import select_linears
+from sdprune.speed.compare import FLOORS
 from sdprune.speed.opponents import (
     DENSE,
     INT8,
@@ -42,7 +43,6 @@ from sdprune.speed.plan_record import Plan
 from sdprune.speed.timing import Times, device_name, measure, peak_mib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOORS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # errors add up over the layers
 CONFIGS: Mapping[
     str, tuple[str, dict[str, int]]
 ] = {  # name -> model type and what differs from the defaults of its configuration

@@ -1,16 +1,17 @@
-"""Which pruned layers are worth converting on this machine: `plan` measures, `apply` converts what won."""
+"""Which layers are worth converting on this machine: `plan` measures, `apply` converts what won."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from sdp_kernels.block_sparse_linear.matrix import MOST_INPUTS
 from sdprune.config import SDPruneConfig
-from sdprune.formats.form import BLOCK_SHAPES, DENSE, NARROW, Form
+from sdprune.formats.form import BLOCK_SHAPES, DENSE, INT8, NARROW, Form
 from sdprune.layers.dense import Model, dense_names, is_plain_linear, pruned_weight, sharing_copy
 from sdprune.layers.forms import in_form
 from sdprune.layers.pruned import PrunedLinear
@@ -30,15 +31,17 @@ def plan(
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     repeats: int = 7,
+    precision: Literal["int8"] | None = None,
 ) -> Plan:
     """Time every pruned layer of a model in every form that its zeros allow, and choose what wins.
 
     A layer is pruned if its weight holds exact zeros. It is timed on the input that it gets when the model runs on
     `sample_input`, on the device and in the dtype at hand: dense; without its empty rows and columns, if it has any;
-    and in blocks of each shape that leaves blocks empty. A form wins if 80 % of its times lie below 80 % of those of
-    the dense layer; of several winners the one with the least median is chosen, and without one the layer stays
-    dense. Then the whole model is timed with the choices, and nothing is converted if it does not get faster.
-    The model itself stays as it is; `apply` converts it.
+    and in blocks of each shape that leaves blocks empty. With the precision "int8" each of these is timed with int8
+    values too, and layers without zeros in "dense-int8", whose results are rounded. A form wins if 80 % of its times
+    lie below 80 % of those of the dense layer; of several winners the one with the least median is chosen, and without
+    one the layer stays dense. Then the whole model is timed with the choices, and nothing is converted if it does not
+    get faster. The model itself stays as it is; `apply` converts it.
 
     The choice depends on the number of tokens: plan with the batch and the length that the model will see.
 
@@ -50,13 +53,14 @@ def plan(
             belongs to it alone.
         exclude_modules: regular expressions of layers to leave as they are.
         repeats: of each timing.
+        precision: "int8" to try that too, on a CPU; None: values stay as they are.
 
     Returns:
         The plan.
 
     Raises:
         ValueError: no linear layer is chosen, or one that is more than linear; a block shape is malformed, or fewer
-            than 3 repeats; or the model is wrapped.
+            than 3 repeats; an unknown precision, or int8 on a GPU; or the model is wrapped.
         TypeError: `sample_input` is no mapping, or the model no module.
     """
     check_bare(model)
@@ -64,11 +68,17 @@ def plan(
         raise TypeError(f"sample_input must be a mapping of model inputs, got {type(sample_input).__name__}")
     if repeats < 3:
         raise ValueError(f"repeats must be at least 3, got {repeats!r}")
-    forms = (Form(NARROW), *(Form.blocks(shape, "each of block_shapes") for shape in block_shapes))
+    if precision not in (None, INT8):
+        raise ValueError(f"precision must be '{INT8}' or None, got {precision!r}")
+    forms = [Form(NARROW), *(Form.blocks(shape, "each of block_shapes") for shape in block_shapes)]
+    if precision == INT8:
+        forms += [replace(form, precision=INT8) for form in (Form(DENSE), *forms)]
     names = _candidate_names(model, target_modules, exclude_modules)
     weight = model.get_parameter(f"{names[0]}.weight")
     device = weight.device
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sample_input.items()}
+    if precision == INT8 and device.type != "cpu":
+        raise ValueError(f"precision 'int8' needs a CPU, the model is on {device}")
+    inputs = on_device(sample_input, device)
     with evaluating(model), torch.inference_mode():
         layers = _plan_layers(model, inputs, names, forms, repeats)
         found = Plan(
@@ -86,16 +96,20 @@ def plan(
             calls["converted"] = lambda: converted(**inputs)
         times = measure(calls, device, repeats)
     found = replace(found, dense=times[DENSE], converted=times.get("converted"))
-    if found.converted is not None and found.converted.median >= found.dense.median:
-        dense_layers = tuple(replace(layer, choice=DENSE) for layer in layers)
-        return replace(found, layers=dense_layers, converted=None)
-    return found
+    slower = found.converted is not None and found.converted.median >= found.dense.median
+    return found.unconverted() if slower else found
+
+
+def on_device(sample_input: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the keyword arguments with their tensors on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sample_input.items()}
 
 
 def apply(model: Model, plan: Plan) -> Model:
     """Convert the layers that a plan converts, in place, hooks and all; all others stay the same objects.
 
-    Logits stay equal up to rounding. Give it a `copy.deepcopy` of a model that is still needed as it was.
+    Logits stay equal up to rounding, to that of 8 bits where a form says int8. Give it a
+    `copy.deepcopy` of a model that is still needed as it was.
 
     Returns:
         The model.
@@ -152,21 +166,24 @@ def _plan_layers(
         layer: Any = model.get_submodule(name)
         weight = pruned_weight(layer)
         sparsity = 1.0 - int(weight.count_nonzero()) / weight.numel()
-        if sparsity == 0.0:
+        possible = [form for form in forms if _is_possible(form, sparsity, weight.shape[1])]
+        if not possible:
             continue
         plans[name] = LayerPlan(name, (weight.shape[0], weight.shape[1]), sparsity, 0, 0, DENSE, {})
 
-        def time_it(module: Any, arguments: tuple[Any, ...], name: str = name) -> None:
+        def time_it(
+            module: Any, arguments: tuple[Any, ...], named: Any, name: str = name, forms: Any = possible
+        ) -> None:
             known = plans[name]
             if known.calls == 0:
-                rows = arguments[0]
+                rows = arguments[0] if arguments else named["input"]
                 candidates = _time_forms(module, rows, forms, repeats)
                 known = replace(
                     known, tokens=rows.numel() // rows.shape[-1], candidates=candidates, choice=_winner(candidates)
                 )
             plans[name] = replace(known, calls=known.calls + 1)
 
-        handles.append(layer.register_forward_pre_hook(time_it))
+        handles.append(layer.register_forward_pre_hook(time_it, with_kwargs=True))
     try:
         model(**inputs)
     finally:
@@ -175,9 +192,16 @@ def _plan_layers(
     return tuple(plans.values())
 
 
+def _is_possible(form: Form, sparsity: float, in_features: int) -> bool:
+    """Whether a layer may take a form at all; whether its zeros leave anything out shows when it is made."""
+    if form.precision == INT8 and in_features > MOST_INPUTS:
+        return False
+    return sparsity > 0.0 or form.structure == DENSE
+
+
 def _time_forms(linear: nn.Module, rows: Tensor, forms: Sequence[Form], repeats: int) -> dict[str, Candidate]:
-    layers = {str(form): in_form(linear, form) for form in forms}
-    layers = {choice: layer for choice, layer in layers.items() if layer.density < 1.0}
+    made = {form: in_form(linear, form) for form in forms}
+    layers = {str(form): layer for form, layer in made.items() if layer.density < 1.0 or form.structure == DENSE}
     if not layers:
         return {}
     # Their forward methods: the hook that calls this would be called again.

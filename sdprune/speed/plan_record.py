@@ -1,8 +1,8 @@
-"""The record of a plan: what was measured of every pruned layer, and the form that was chosen."""
+"""The record of a plan: what was measured of every layer, and the form that was chosen."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +27,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What was measured of one pruned layer, and what it becomes.
+    """What was measured of one layer, and what it becomes.
 
     Args:
         name: dotted name of the layer.
@@ -35,7 +35,8 @@ class LayerPlan:
         sparsity: fraction of exact zeros.
         tokens: rows of its input; 0 if the model did not call it.
         calls: how often the model calls it in one forward pass.
-        choice: "dense", "narrow" (empty rows and columns dropped) or a block shape such as "32x32".
+        choice: "dense", "narrow" (empty rows and columns dropped), a block shape such as "32x32", or one of these with
+            "-int8" behind it.
         candidates: what was timed, by the same names; empty where the zeros allow no other form than "dense".
     """
 
@@ -69,10 +70,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The form of every pruned layer of a model on one device; `print(plan)` shows it as a table.
+    """The form of every planned layer of a model on one device; `print(plan)` shows it as a table.
 
     Args:
-        layers: the layers with exact zeros, in the model's order.
+        layers: the layers with exact zeros, and of a plan for int8 all, in the model's order.
         device: name of the device that was measured.
         dtype: of the weights, such as "float32".
         threads: of the CPU; None on a GPU.
@@ -114,6 +115,10 @@ class Plan:
     def measured_speedup(self) -> float:
         """Of the whole model, as measured; 1.0 if nothing is converted."""
         return 1.0 if self.converted is None else self.dense.median / self.converted.median
+
+    def unconverted(self) -> Self:
+        """Return the same plan with every layer left as it is."""
+        return replace(self, layers=tuple(replace(layer, choice=DENSE) for layer in self.layers), converted=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -172,7 +177,8 @@ class Plan:
             numbers = [str(layer.tokens), f"{layer.sparsity:.1%}", layer.choice, f"{layer.density:.1%}", *times]
             rows.append([layer.name, f"{layer.shape[0]} x {layer.shape[1]}", *numbers, f"{layer.speedup:.2f}"])
         where = f"{self.device}, {self.dtype}" + (f", {self.threads} threads" if self.threads else "")
+        kind = "pruned layers" if all(layer.sparsity for layer in self.layers) else "layers"
         return (
-            f"{aligned(rows)}\n{len(self.choices)} of {len(self.layers)} pruned layers are converted on {where}: "
+            f"{aligned(rows)}\n{len(self.choices)} of {len(self.layers)} {kind} are converted on {where}: "
             f"expected {self.expected_speedup:.2f} times as fast, measured {self.measured_speedup:.2f}"
         )

@@ -79,7 +79,7 @@ def test_public_names():
     names = ["BlockSparseLinear", "CRITERIA", "Criterion", "MaskedLinear", "OBJECTIVES", "Objective"]
     names += ["PruneResult", "PruneThenDistillResult", "SDPruneCallback", "SDPruneConfig"]
     names += ["SDPruneQuantizationConfig", "SDPruneTrainer", "STRUCTURES", "Structure"]
-    names += ["export", "freeze_sparsity", "load", "plan", "prune", "prune_then_distill"]
+    names += ["export", "freeze_sparsity", "load", "plan", "prune", "prune_then_distill", "speed_up"]
     assert sdprune.__all__ == dir(sdprune) == sorted(names)
     for name in names:
         assert getattr(sdprune, name).__doc__
