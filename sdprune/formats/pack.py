@@ -219,6 +219,16 @@ def _check_scales(scales: Tensor) -> None:
         raise ValueError(f"scales must be finite and above 0, got {float(scales[row])} at {row}")
 
 
+def kept_share(kept: Tensor, form: Form) -> float:
+    """Return the fraction of the multiplications with a weight (out, in) that a form leaves, by what is not zero."""
+    if form.structure == NARROW:
+        return int(kept.any(1).sum()) * int(kept.any(0).sum()) / max(kept.numel(), 1)
+    if form.block_shape is None:
+        return 1.0
+    blocks = math.prod(-(-size // side) for size, side in zip(kept.shape, form.block_shape, strict=True))
+    return count_blocks(kept, form.block_shape) / max(blocks, 1)
+
+
 def _check_indices(tensors: Mapping[str, Tensor], record: LayerRecord) -> None:
     """What would let a product read outside of its tensors, named without the layer."""
     if record.block_shape is not None:

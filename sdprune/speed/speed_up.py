@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sdp_kernels.cpu_engine import availability
-from sdprune.layers.block_sparse import BlockSparseLinear
-from sdprune.layers.dense import Model, dense_layer, dense_names, sharing_copy
+from sdprune.formats.form import BLOCK_SHAPES
+from sdprune.formats.pack import count_blocks
+from sdprune.layers.dense import Model, dense_layer, dense_names, pruned_weight, sharing_copy
 from sdprune.layers.forms import dense_copy, int8_names
 from sdprune.layers.narrow import RemovedLinear
 from sdprune.layers.pruned import PrunedLinear
@@ -29,6 +31,7 @@ from sdprune.speed.timing import Times, measure
 PRECISIONS = ("float32", "int8", "bfloat16")
 MOST_MOVED = 0.1  # of the largest magnitude of an output, by int8: more is a fault and no rounding
 REPEATS = 7
+LITTLE_MORE = 1.3  # times the weights: on a CPU the shape of a block changes the speed of a weight by less
 
 logger = logging.getLogger(__name__)
 
@@ -234,17 +237,23 @@ def _converted(
     made = plan(
         sharing_copy(base),
         inputs,
+        block_shapes=_leanest(base),
         target_modules=names,
         repeats=REPEATS,
         precision="int8" if precision == "int8" else None,
     )
     made = agree(made, base, inputs)
-    converted = apply(sharing_copy(base), made)
-    for name in made.choices:
-        layer = converted.get_submodule(name)
-        if isinstance(layer, BlockSparseLinear):
-            layer.pack()
-    return converted, made
+    return apply(sharing_copy(base), made), made
+
+
+def _leanest(base: nn.Module) -> tuple[tuple[int, int], ...]:
+    """The block shapes that may win: on a CPU those that keep little more than the one that keeps the least."""
+    weights = [pruned_weight(base.get_submodule(name)) for name in dense_names(base)]
+    if weights and weights[0].device.type != "cpu":
+        return BLOCK_SHAPES
+    kept = [weight != 0 for weight in weights]
+    sizes = {shape: sum(count_blocks(each, shape) * math.prod(shape) for each in kept) for shape in BLOCK_SHAPES}
+    return tuple(shape for shape, size in sizes.items() if size <= LITTLE_MORE * min(sizes.values()))
 
 
 def _dtype_name(model: nn.Module) -> str:
