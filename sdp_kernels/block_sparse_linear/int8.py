@@ -16,16 +16,12 @@ from sdp_kernels.masks import Walk
 def int8_linear(input: Tensor, weight: BlockSparseMatrix, bias: Tensor | None, activation: str | None) -> Tensor:
     """As `block_sparse_linear`, with checked arguments on a CPU and an int8 weight."""
     assert weight.scales is not None
-    trains = needs_gradient(input, bias)
-    output: Tensor = (_int8_linear if trains or is_watched(input, weight.values) else _compute)(
-        input.reshape(-1, weight.shape[1]),
-        weight.values,
-        weight.scales,
-        bias,
-        crow_indices=weight.crow_indices,
-        col_indices=weight.col_indices,
-        activation=None if trains else activation,
-    )
+    trains, rows = needs_gradient(input, bias), input.reshape(-1, weight.shape[1])
+    tensors = rows, weight.values, weight.scales, bias, weight.crow_indices, weight.col_indices
+    if trains or is_watched(input, weight.values):
+        output: Tensor = _int8_linear(*tensors, None if trains else activation)
+    else:
+        output = _product(*tensors, activation, weight.lists)
     output = output.view(*input.shape[:-1], weight.shape[0])
     return ACTIVATIONS[activation](output) if trains else output
 
@@ -40,9 +36,22 @@ def _compute(
     activation: str | None,
 ) -> Tensor:
     """(tokens, in) -> (tokens, out), of the dtype of the input."""
+    return _product(input, values, scales, bias, crow_indices, col_indices, activation, None)
+
+
+def _product(
+    input: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    activation: str | None,
+    lists: object,
+) -> Tensor:
     walk = Walk(crow_indices, col_indices)
     if cpu_engine.is_compiled(torch.float32):
-        return cpu_engine.int8_product(input, values, scales, bias, walk, activation)
+        return cpu_engine.int8_product(input, values, scales, bias, walk, activation, lists)
     integers, zeros, factors = quantize_tokens(input)
     sums = rows_product((integers - zeros).double(), values.double(), walk, scales.shape[0])
     output = sums.float() * (factors * scales)

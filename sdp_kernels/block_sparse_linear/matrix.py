@@ -191,7 +191,7 @@ class BlockSparseMatrix:
             if start < end:
                 largest[row] = values[start:end].abs().amax((0, 2))
         scales = torch.where(largest > 0, (largest / 127).clamp_min(torch.finfo(torch.float32).tiny), 1.0)
-        quantized = (values / scales[self.block_rows][:, :, None]).round_().char()
+        quantized = (values / scales[self.block_rows][:, :, None]).round_().char().contiguous()
         scales = scales.flatten()[: self.shape[0]].contiguous()
         return replace(self, values=quantized, scales=scales, lists=BlockLists.none(quantized.device))
 
@@ -219,7 +219,7 @@ class BlockSparseMatrix:
         rows = self.block_rows.repeat_interleave(parts)[inside]
         crow = torch.nn.functional.pad(torch.bincount(rows, minlength=self.grid[0]).cumsum(0), (1, 0)).int()
         columns = columns.flatten()[inside]
-        return BlockSparseMatrix(values[inside], crow, columns, self.shape, (height, width), scales=self.scales)
+        return BlockSparseMatrix(values[inside].contiguous(), crow, columns, self.shape, (height, width), scales=self.scales)
 
     def packed(self) -> "BlockSparseMatrix":
         """The same matrix as the compiled CPU engine reads it, so that its products copy nothing before they begin.
@@ -235,7 +235,9 @@ class BlockSparseMatrix:
             innermost = self.values.transpose(1, 2).contiguous().transpose(1, 2)
             return replace(self, values=innermost) if height % WHOLE_HEIGHT == 0 else self
         whole = {torch.bfloat16: 2, torch.int8: 4}.get(dtype, width)
-        return self.split(whole) if width != whole and width % whole == 0 else self
+        if width != whole and width % whole == 0:
+            return self.split(whole)
+        return self if self.values.is_contiguous() else replace(self, values=self.values.contiguous())
 
     def to_torch_bsr(self) -> Tensor:
         """As a tensor of layout `torch.sparse_bsr`, sharing memory.

@@ -104,9 +104,13 @@ def _sparse_product(
     """By the operator, or by its function where nothing watches; `values` take the place of those of the weight."""
     # The backward of an activation needs what came into it, which a fused one does not keep.
     trains = needs_gradient(input, values, bias)
-    lists = weight.lists
-    output: Tensor = (_block_sparse_linear if trains or is_watched(input, values) else _compute)(
-        input.reshape(-1, weight.shape[1]),
+    lists, rows = weight.lists, input.reshape(-1, weight.shape[1])
+    if backend == "cpu" and not trains and not is_watched(input, values):
+        walk = Walk(weight.crow_indices, weight.col_indices)
+        output = cpu_engine.product(rows, values, bias, walk, weight.shape[0], activation, lists)
+        return output.view(*input.shape[:-1], weight.shape[0])
+    output = (_block_sparse_linear if trains or is_watched(input, values) else _compute)(
+        rows,
         values,
         bias,
         crow_indices=weight.crow_indices,

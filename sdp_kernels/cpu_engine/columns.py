@@ -81,7 +81,7 @@ class KeptColumns:
         """Write input @ masked weight.T + bias: (tokens, in), (out, in), (out,) and (tokens, out)."""
         values = self._packed(weight)[:, None]
         packed = Packed(values, self.offsets, self.columns, self.height, weight.shape[1], gathers=False)
-        multiply(packed, input, bias[None], output, self.threads)
+        multiply(packed, input, (bias,), output, self.threads)
 
     def input_gradient(self, gradient, weight, result) -> None:
         """Write gradient @ masked weight: (tokens, out), (out, in) and (tokens, in)."""

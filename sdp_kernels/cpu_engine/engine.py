@@ -201,7 +201,7 @@ def multiply(packed: Packed, input, rows, output, threads: int) -> None:
     Args:
         packed: the matrix.
         input: (tokens, in) contiguous: float32, or bfloat16 as words (tokens, words) that hold two.
-        rows: (1, out) the bias; of an int8 matrix (2, out) bias and scales; float32.
+        rows: the bias, (out,), or nothing; of an int8 matrix bias and scales; float32.
         output: (tokens, out) contiguous float32.
         threads: how many to run on; no more than numba was started with.
     """
@@ -212,16 +212,18 @@ def multiply(packed: Packed, input, rows, output, threads: int) -> None:
     together = max(1, min(MOST_TILES, tiles, TILES_BYTES // (words * TILE_ROWS * 4)))
     items = max(1, -(-tiles // together))
     groups = 1 if threads == 1 else max(1, min(lines, ITEMS_PER_THREAD * threads // items))
-    work = packed.offsets + np.arange(lines + 1)  # blocks before each row of blocks, and a little for the row itself
-    bounds = np.searchsorted(work, work[-1] * np.arange(groups + 1) // groups)
-    longest = int(np.diff(packed.offsets).max()) if packed.gathers else 0
-    padded = np.zeros((3, lines * packed.height + 2 * LANES), np.float32)
-    padded[: len(rows), : rows.shape[1]] = rows
+    bounds = packed.bounds(groups)
+    width = lines * packed.height + 2 * LANES
     with lock:
+        of_rows = _room("rows", 3, width)
+        for line, given in zip(of_rows, rows, strict=False):
+            known = 0 if given is None else len(given)
+            line[:known] = given
+            line[known:] = 0
         tiles = _room("tiles", threads, together, words, TILE_ROWS)
-        gathered = _room("gathered", threads, longest, TILE_ROWS)
+        gathered = _room("gathered", threads, packed.longest if packed.gathers else 0, TILE_ROWS)
         matrix = input, packed.values, packed.offsets, packed.columns, gathered
-        run_on_threads(threads, _multiply, *matrix, padded, output, packed.height, bounds, tiles)
+        run_on_threads(threads, _multiply, *matrix, of_rows, output, packed.height, bounds, tiles)
 
 
 _rooms: dict[str, Any] = {}  # to be used under the lock

@@ -11,7 +11,10 @@ in their order, and the engine gathers these.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg"
 # mypy: disable-error-code="import-untyped,import-not-found"
 
-from typing import Any, NamedTuple
+import functools
+import weakref
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +30,81 @@ WORDS = (np.float32, np.uint32, np.int32)  # by what they hold
 KIND_OF = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
-class Packed(NamedTuple):
-    """A matrix as `engine.multiply` takes it, in NumPy arrays."""
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A matrix as `engine.multiply` takes it, in NumPy arrays.
 
-    values: Any  # (blocks, words across, padded height) of a type in WORDS; (words, 1, padded height) where gathered
-    offsets: Any  # (rows of blocks + 1,) int32, where each begins in `values`
-    columns: Any  # (blocks,) int32, the block column of each block; where gathered the inputs in the pieces of words
-    height: int  # rows of a block that count
-    words: int  # that the blocks cover
+    Args:
+        values: (blocks, words across, padded height) of a type in WORDS; (words, 1, padded height) where gathered.
+        offsets: (rows of blocks + 1,) int32, where each begins in `values`.
+        columns: (blocks,) int32, the block column of each block; where gathered the inputs in the pieces of words.
+        height: rows of a block that count.
+        words: that the blocks cover.
+        gathers: whether words are made of inputs that do not lie next to each other.
+    """
+
+    values: Any
+    offsets: Any
+    columns: Any
+    height: int
+    words: int
     gathers: bool
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """The most that a row of blocks has."""
+        return int(np.diff(self.offsets).max())
+
+    @functools.cached_property
+    def _work(self) -> Any:
+        """Blocks before each row of blocks, and a little for the row itself."""
+        return self.offsets + np.arange(len(self.offsets))
+
+    @functools.cached_property
+    def _bounds(self) -> dict[int, Any]:
+        return {}
+
+    def bounds(self, groups: int) -> Any:
+        """(groups + 1,) where the rows of blocks are parted into groups of about as much work."""
+        known = self._bounds.get(groups)
+        if known is None:
+            known = np.searchsorted(self._work, self._work[-1] * np.arange(groups + 1) // groups)
+            self._bounds[groups] = known
+        return known
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What was packed without a copy: it is of the values as they are as long as these are where they were."""
+
+    values: Any  # how they lie in memory
+    packed: Packed
+
+
+_kept: "weakref.WeakKeyDictionary[Any, _Kept]" = weakref.WeakKeyDictionary()
+
+
+def pack_once(values: Tensor, walk: Walk, in_features: int, threads: int, lists: Any) -> Packed:
+    """As `pack`, but for blocks that lie in memory as they should, found again by the lists of their matrix.
+
+    Nothing of the values is copied, so nothing can go stale; indices do not change below the lists that were made of
+    them.
+
+    Args:
+        values: as in `pack`.
+        walk: as in `pack`.
+        in_features: as in `pack`.
+        threads: as in `pack`.
+        lists: an object that lives as long as the indices stay the same.
+    """
+    place = values.data_ptr(), values.dtype, values.shape, values.stride()
+    known = _kept.get(lists)
+    if known is not None and known.values == place:
+        return known.packed
+    packed = pack(values, walk, in_features, threads)
+    if packed.values.ctypes.data == values.data_ptr():
+        _kept[lists] = _Kept(place, packed)
+    return packed
 
 
 def pack(values: Tensor, walk: Walk, in_features: int, threads: int) -> Packed:

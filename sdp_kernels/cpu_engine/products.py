@@ -21,7 +21,13 @@ ACTIVATE_: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def product(
-    input: Tensor, values: Tensor, bias: Tensor | None, walk: Walk, out_features: int, activation: str | None
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    walk: Walk,
+    out_features: int,
+    activation: str | None,
+    lists: object = None,
 ) -> Tensor:
     """The input times the transposed matrix of blocks, plus the bias, activated.
 
@@ -32,12 +38,13 @@ def product(
         walk: where the blocks stand.
         out_features: columns of the result; fewer than the rows of blocks hold if these are padded.
         activation: key of `ACTIVATE_`, or None.
+        lists: see `packing.pack_once`; None: the blocks are packed for this product alone.
 
     Returns:
         (tokens, out_features), of the dtype of the input.
     """
     if is_compiled(input.dtype):
-        return _compiled_product(input, values, bias, walk, out_features, activation)
+        return _compiled_product(input, values, bias, walk, out_features, activation, None, lists)
     output = rows_product(input, values, walk, out_features).contiguous()
     if bias is not None:
         output += bias
@@ -45,7 +52,13 @@ def product(
 
 
 def int8_product(
-    input: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, walk: Walk, activation: str | None
+    input: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    walk: Walk,
+    activation: str | None,
+    lists: object = None,
 ) -> Tensor:
     """The product with int8 values by the compiled engine: as the op's reference defines it, integer by integer.
 
@@ -56,11 +69,12 @@ def int8_product(
         bias: (out,) or None.
         walk: where the blocks stand.
         activation: key of `ACTIVATE_`, or None.
+        lists: as in `product`.
 
     Returns:
         (tokens, out), of the dtype of the input.
     """
-    return _compiled_product(input, values, bias, walk, scales.shape[0], activation, scales)
+    return _compiled_product(input, values, bias, walk, scales.shape[0], activation, scales, lists)
 
 
 def _compiled_product(
@@ -70,29 +84,27 @@ def _compiled_product(
     walk: Walk,
     out_features: int,
     activation: str | None,
-    scales: Tensor | None = None,
+    scales: Tensor | None,
+    lists: object,
 ) -> Tensor:
     from sdp_kernels.cpu_engine.engine import multiply
-    from sdp_kernels.cpu_engine.packing import pack
+    from sdp_kernels.cpu_engine.packing import pack, pack_once
     from sdp_kernels.cpu_engine.register_tile import HAS_BFLOAT16
 
     pairs = input.dtype == values.dtype == torch.bfloat16 and HAS_BFLOAT16
     if scales is None and not pairs:
         values = values.float()
     threads = torch.get_num_threads()
-    packed = pack(values.detach(), walk, input.shape[1], threads)
-    rows = input.new_zeros(1 if scales is None else 2, out_features, dtype=torch.float32)
-    if bias is not None:
-        rows[0] = bias.detach()
-    if scales is not None:
-        rows[1] = scales.detach()
+    matrix = values.detach(), walk, input.shape[1], threads
+    packed = pack(*matrix) if lists is None else pack_once(*matrix, lists)
+    rows = [None if row is None else row.detach().float().numpy() for row in (bias, scales)]
 
     input = input.detach()
     output = input.new_empty(input.shape[0], out_features)
     for part, result in _in_parts(input, output, together=input.dtype == torch.float32 and activation is None):
         wide = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
         words = pairs_of(part) if pairs else part.float().contiguous()
-        multiply(packed, words.numpy(), rows.numpy(), wide.numpy(), threads)
+        multiply(packed, words.numpy(), rows, wide.numpy(), threads)
         if activation is not None:
             ACTIVATE_[activation](wide)
         if wide is not result:

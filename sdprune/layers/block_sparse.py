@@ -1,5 +1,6 @@
 """`BlockSparseLinear`: a linear layer that stores and multiplies only the kept blocks of its weight."""
 
+import operator
 from dataclasses import fields
 from typing import Any, Literal, Self
 
@@ -16,6 +17,7 @@ from sdprune.masking.linears import is_conv1d, matrix
 
 _LISTS = tuple(field.name for field in fields(BlockLists))
 _STORED = ("values", "crow_indices", "col_indices", "scales")
+_MATRIX_BUFFERS = (*_STORED[1:], *(f"_{name}" for name in _LISTS))
 
 
 class BlockSparseLinear(PrunedLinear):
@@ -197,11 +199,17 @@ class BlockSparseLinear(PrunedLinear):
 
     @property
     def matrix(self) -> BlockSparseMatrix:
-        """The weight, around the tensors of this layer."""
-        # prepared, so that nothing is checked again
-        lists = BlockLists(*(getattr(self, f"_{name}") for name in _LISTS))
-        indices = self.crow_indices, self.col_indices
-        return BlockSparseMatrix(self.values, *indices, self.shape, self.block_shape, lists, self.scales)
+        """The weight, around the tensors of this layer: the same object as long as they are the same ones."""
+        tensors = self._parameters["values"], *map(self._buffers.get, _MATRIX_BUFFERS)
+        known: tuple[Any, BlockSparseMatrix] | None = vars(self).get("_known")
+        if known is not None and all(map(operator.is_, known[0], tensors)) and known[1].block_shape == self.block_shape:
+            return known[1]
+        values, crow, col, scales, *lists = tensors
+        prepared = BlockLists(*lists)  # type: ignore[arg-type]  # so that nothing is checked again
+        matrix = BlockSparseMatrix(values, crow, col, self.shape, self.block_shape, prepared, scales)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling():
+            vars(self)["_known"] = tensors, matrix
+        return matrix
 
     @property
     def density(self) -> float:
@@ -245,6 +253,10 @@ class BlockSparseLinear(PrunedLinear):
         if self.values.device.type != "cpu" and not self.values.is_contiguous():
             self.values.data = self.values.data.contiguous()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy in memory or in a file takes along: not the matrix, which it makes of its own tensors."""
+        return {name: value for name, value in vars(self).items() if name != "_known"}
 
     def _set_lists(self, lists: BlockLists) -> None:
         for name in _LISTS:  # they follow the module to its device, but are not saved
