@@ -8,6 +8,7 @@ from torch import Tensor
 from sdp_kernels import cpu_engine
 from sdp_kernels.block_sparse_linear.matrix import BlockLists, BlockSparseMatrix
 from sdp_kernels.block_sparse_linear.reference import ACTIVATIONS, quantize_tokens
+from sdp_kernels.cpu_engine import availability
 from sdp_kernels.cpu_engine.gathered import rows_product
 from sdp_kernels.dispatch import is_watched, needs_gradient
 from sdp_kernels.masks import Walk
@@ -52,6 +53,7 @@ def _product(
     walk = Walk(crow_indices, col_indices)
     if cpu_engine.is_compiled(torch.float32):
         return cpu_engine.int8_product(input, values, scales, bias, walk, activation, lists)
+    availability.tell_int8_is_plain()
     integers, zeros, factors = quantize_tokens(input)
     sums = rows_product((integers - zeros).double(), values.double(), walk, scales.shape[0])
     output = sums.float() * (factors * scales)

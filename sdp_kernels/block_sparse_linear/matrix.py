@@ -219,7 +219,9 @@ class BlockSparseMatrix:
         rows = self.block_rows.repeat_interleave(parts)[inside]
         crow = torch.nn.functional.pad(torch.bincount(rows, minlength=self.grid[0]).cumsum(0), (1, 0)).int()
         columns = columns.flatten()[inside]
-        return BlockSparseMatrix(values[inside].contiguous(), crow, columns, self.shape, (height, width), scales=self.scales)
+        return BlockSparseMatrix(
+            values[inside].contiguous(), crow, columns, self.shape, (height, width), scales=self.scales
+        )
 
     def packed(self) -> "BlockSparseMatrix":
         """The same matrix as the compiled CPU engine reads it, so that its products copy nothing before they begin.

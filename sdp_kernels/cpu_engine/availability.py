@@ -11,6 +11,8 @@ import torch
 
 from sdp_kernels.dispatch import KERNEL_DTYPES
 
+MISSING = "numba is not installed (pip install 'sdprune[cpu]')"
+
 _forked = False
 
 
@@ -55,6 +57,16 @@ def _against_numba() -> tuple[str | None, list[bool]]:
     except ImportError as error:
         return str(error), []
     return None, []
+
+
+@functools.cache
+def tell_int8_is_plain() -> None:
+    """Say once that int8 products are made without the compiled engine, and why."""
+    reason, _ = _against_numba()
+    if reason is None:
+        reason = "this process was forked from one that ran the compiled engine"
+    text = "int8 products on a CPU are plain torch, slower than float32"
+    warnings.warn(f"{text}: {reason or MISSING}", RuntimeWarning, stacklevel=2)
 
 
 def leave_threads_to_parent() -> None:

@@ -23,6 +23,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", default="", help="prune this share of random blocks first, such as 0.5,0.7,0.9")
     parser.add_argument("--block-shape", help="out x in of the blocks, such as 32x32 (default: the fastest that fits)")
     parser.add_argument("--repeats", type=int, default=7, help="of each timing (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        default="float32,int8",
+        help="of sdprune.speed_up: float32, int8, bfloat16 (default: %(default)s)",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--no-opponents", action="store_true", help="leave out the dense model in ONNX Runtime and in bfloat16"
@@ -53,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         sparsity=_listed("--sparsity", options.sparsity, float),
         block_shape=_block_shape(options.block_shape),
         compile=not options.no_compile,
+        precision=_listed("--precision", options.precision, str),
         opponents=not options.no_opponents,
         repeats=options.repeats,
     )

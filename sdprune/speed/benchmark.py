@@ -40,6 +40,7 @@ from sdprune.speed.opponents import (
 )
 from sdprune.speed.plan import apply, plan
 from sdprune.speed.plan_record import Plan
+from sdprune.speed.speed_up import PRECISIONS, speed_up
 from sdprune.speed.timing import Times, device_name, measure, peak_mib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,6 +72,8 @@ class BenchmarkConfig:
         block_shape: (out, in) of the blocks, pruned and stored; None: 32 x 32 to prune, and whatever shape is the
             fastest to store.
         compile: whether torch.compile is measured too.
+        precision: of `sdprune.speed_up`, each a contender: "float32" (in the dtype at hand), "int8", which a GPU leaves
+            out, "bfloat16".
         opponents: whether, on a CPU, the dense model in ONNX Runtime, float32 and int8, and in bfloat16 is too.
         repeats: of each timing.
 
@@ -85,6 +88,7 @@ class BenchmarkConfig:
     sparsity: tuple[float, ...] = ()
     block_shape: tuple[int, int] | None = None
     compile: bool = True
+    precision: tuple[str, ...] = ("float32", "int8")
     opponents: bool = True
     repeats: int = 7
 
@@ -98,6 +102,9 @@ class BenchmarkConfig:
                 raise ValueError(f"--dtype must be of {', '.join(DTYPES)}, got {dtype!r}")
         if not self.dtype:
             raise ValueError(f"--dtype must be of {', '.join(DTYPES)}, got nothing")
+        for precision in self.precision:
+            if precision not in PRECISIONS:
+                raise ValueError(f"--precision must be of {', '.join(PRECISIONS)}, got {precision!r}")
         for sparsity in self.sparsity:
             if not 0.0 < sparsity < 1.0:
                 raise ValueError(f"--sparsity must lie between 0 and 1, got {sparsity!r}")
@@ -195,7 +202,8 @@ def benchmark(model: Any, config: BenchmarkConfig, output: Path) -> list[Row]:
     sparsities = config.sparsity or (None,)
     points = list(product(config.dtype, config.batch, config.sequence))
     rows: list[Row] = []
-    total = opposed + len(sparsities) * (3 + config.compile) * len(points)
+    quick = sum(precision != "int8" or device.type == "cpu" for precision in config.precision)
+    total = opposed + len(sparsities) * (3 + config.compile + quick) * len(points)
     given = copy.deepcopy(model).to(device)
     with tqdm(total=total, unit="stage", dynamic_ncols=True) as bar:
 
@@ -281,7 +289,23 @@ def _contenders(
             replace(one, name=one.name.replace("eager", "compiled"), model=torch.compile(one.model, dynamic=False))
             for one in found
         ]
+    for precision in config.precision:
+        if precision == "int8" and inputs["input_ids"].is_cuda:
+            continue
+        stage(f"speeding up in {precision}")
+        found.append(_sped_up(dense, inputs, dtype if precision == "float32" else precision))
     return found
+
+
+def _sped_up(dense: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Contender:
+    """What `speed_up` makes of the dense model; one that would differ too much is told, not timed."""
+    name, rounded = f"speed_up {precision}", precision if precision in ("int8", "bfloat16") else "float32"
+    try:
+        made: Any = speed_up(dense, inputs, precision=rounded)  # type: ignore[arg-type]
+    except RuntimeError as problem:
+        return Contender(name, OURS, precision, None, {}, one_line(problem))
+    plan_of_it = made.sped_up.plan
+    return Contender(name, OURS, precision, made, {} if plan_of_it is None else _plan_summary(plan_of_it))
 
 
 def _gate(

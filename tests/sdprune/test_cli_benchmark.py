@@ -10,7 +10,7 @@ from sdprune.cli import main
 from sdprune.speed.benchmark import prune_random_blocks
 
 FAST = ["--batch", "1,2", "--sequence", "8", "--repeats", "3", "--no-compile", "--threads", "1", "--device", "cpu"]
-FAST += ["--no-opponents"]
+FAST += ["--no-opponents", "--precision", ""]
 
 
 @pytest.fixture

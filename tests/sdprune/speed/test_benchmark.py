@@ -23,6 +23,7 @@ from sdprune.speed.benchmark import (
 from sdprune.speed.report import break_even, draw, outcome, table, write_report
 
 SMALL = {"batch": (2,), "sequence": (8,), "repeats": 3, "compile": False, "opponents": False, "block_shape": (8, 8)}
+SMALL |= {"precision": ()}
 
 
 @pytest.fixture
@@ -36,6 +37,26 @@ def pruned(model_factory):
 def eager_compiler(monkeypatch):
     """Trace as torch.compile does, without the minutes of its C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+def test_speed_up_is_a_contender_in_each_precision(pruned, tmp_path):
+    rows = benchmark(pruned, BenchmarkConfig(**SMALL | {"precision": ("float32", "int8", "bfloat16")}), tmp_path)
+    assert [row["contender"] for row in rows[2:]] == ["speed_up float32", "speed_up int8", "speed_up bfloat16"]
+    for row in rows[2:]:
+        assert row["role"] == "ours"
+        assert row["correct"], row
+        assert row["median_ms"] > 0
+        assert sum(row["choices"].values()) >= 12
+    assert "speed_up int8" in table(rows)
+
+
+def test_a_model_that_cannot_be_sped_up_is_told(pruned, tmp_path, monkeypatch):
+    def refuse(*args, precision):
+        raise RuntimeError(f"the outputs of the converted model differ in {precision}\nmore")
+
+    monkeypatch.setattr(benchmark_module, "speed_up", refuse)
+    rows = benchmark(pruned, BenchmarkConfig(**SMALL | {"precision": ("int8",)}), tmp_path)
+    assert outcome(rows[-1]) == "failed: the outputs of the converted model differ in int8"
 
 
 def test_rows_say_what_was_measured(pruned, tmp_path):
@@ -179,6 +200,7 @@ def test_models_are_loaded_as_what_they_are(pruned, model_factory, tmp_path):
         ({"device": "tpu"}, "--device must be cpu or cuda, got 'tpu'"),
         ({"block_shape": (0, 8)}, r"--block-shape must be two whole numbers .*, got \(0, 8\)"),
         ({"repeats": 2}, "--repeats must be at least 3, got 2"),
+        ({"precision": ("int4",)}, "--precision must be of float32, int8, bfloat16, got 'int4'"),
     ],
 )
 def test_options_are_checked(changes, message):

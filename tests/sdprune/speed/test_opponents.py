@@ -12,7 +12,7 @@ from sdprune.speed.opponents import INT8, Contender, in_bfloat16, in_onnxruntime
 from sdprune.speed.report import breaks, draw, outcome, table
 
 NAMES = ["dense eager", "sparse eager", "dense bfloat16", "ONNX Runtime float32", INT8]
-SMALL = {"batch": (2,), "sequence": (8,), "repeats": 3, "compile": False, "block_shape": (8, 8)}
+SMALL = {"batch": (2,), "sequence": (8,), "repeats": 3, "compile": False, "precision": (), "block_shape": (8, 8)}
 
 
 @pytest.fixture
