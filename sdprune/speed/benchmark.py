@@ -68,7 +68,8 @@ class BenchmarkConfig:
         sequence: lengths in tokens.
         dtype: of the weights: "float32", "bfloat16", "float16".
         device: "cpu" or "cuda".
-        sparsity: fractions of random blocks to prune first, added to the model's zeros; empty: the model as it is.
+        sparsity: fractions of random blocks to prune first, added to the model's zeros, also 0; empty: the model as it
+            is.
         block_shape: (out, in) of the blocks, pruned and stored; None: 32 x 32 to prune, and whatever shape is the
             fastest to store.
         compile: whether torch.compile is measured too.
@@ -106,7 +107,7 @@ class BenchmarkConfig:
             if precision not in PRECISIONS:
                 raise ValueError(f"--precision must be of {', '.join(PRECISIONS)}, got {precision!r}")
         for sparsity in self.sparsity:
-            if not 0.0 < sparsity < 1.0:
+            if not 0.0 <= sparsity < 1.0:
                 raise ValueError(f"--sparsity must lie between 0 and 1, got {sparsity!r}")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"--device must be cpu or cuda, got {self.device!r}")
@@ -362,7 +363,7 @@ def _plan_summary(made: Plan) -> Row:
     weights = sum(layer.shape[0] * layer.shape[1] for layer in made.layers)
     kept = sum(layer.density * layer.shape[0] * layer.shape[1] for layer in made.layers)
     return {
-        "density": kept / max(weights, 1),
+        "density": kept / weights if weights else 1.0,
         "choices": dict(Counter(layer.choice for layer in made.layers)),
         "expected_speedup": made.expected_speedup,
         "forced_speedup": made.forced_speedup,

@@ -50,6 +50,16 @@ def test_speed_up_is_a_contender_in_each_precision(pruned, tmp_path):
     assert "speed_up int8" in table(rows)
 
 
+def test_a_model_without_zeros_is_where_the_lines_begin(model, tmp_path):
+    rows = benchmark(model, BenchmarkConfig(**SMALL | {"sparsity": (0.0,), "precision": ("int8",)}), tmp_path)
+    assert [(row["contender"], row["sparsity"]) for row in rows] == [
+        ("dense eager", 0.0),
+        ("sparse eager", 0.0),
+        ("speed_up int8", 0.0),
+    ]
+    assert (rows[1]["density"], rows[1]["choices"]) == (1.0, {})
+
+
 def test_a_model_that_cannot_be_sped_up_is_told(pruned, tmp_path, monkeypatch):
     def refuse(*args, precision):
         raise RuntimeError(f"the outputs of the converted model differ in {precision}\nmore")
