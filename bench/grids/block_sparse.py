@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.grid import Call, Contender, Grid, Work, direct
 from sdp_kernels.block_sparse_linear.matrix import BlockLists, BlockSparseMatrix
+from sdp_kernels.block_sparse_linear.op import block_sparse_linear
 from sdp_kernels.block_sparse_linear.spec import SPEC
 from sdp_kernels.spec import Inputs, Shape
 
@@ -130,6 +131,12 @@ def nvmath_ust(inputs: Inputs) -> Call:
     return lambda: F.linear(inputs["input"], weight) + inputs["bias"]
 
 
+def ours_int8(inputs: Inputs) -> Call:
+    """The same blocks as integers, as a loaded int8 layer holds them."""
+    weight = inputs["pattern"].quantize().packed()
+    return partial(block_sparse_linear, inputs["input"], weight, inputs["bias"])
+
+
 def onnxruntime_linear(int8: bool = False) -> Contender:
     """A dense layer in ONNX Runtime with as many threads as torch: float32, or what `quantize_dynamic` makes of it."""
 
@@ -168,12 +175,13 @@ def _write_linear(path: Path, weight: Tensor, bias: Tensor) -> None:
 
 
 def contenders() -> Mapping[str, Contender]:
-    """Ours, the dense product, in the same dtype, compiled, in bfloat16, in ONNX Runtime, and others' sparse layouts.
+    """Ours, also in int8; the dense product, in the same dtype, compiled, in bfloat16, in ONNX Runtime; others' layouts.
 
-    Whether a CUDA graph can hold those is not promised anywhere.
+    Whether a CUDA graph can hold these is not promised anywhere.
     """
     found = {
         "ours": direct(SPEC.op),
+        "ours_int8": Contender(ours_int8, devices=("cpu",)),
         "eager": dense(),
         "compile": dense(compile=True),
         "dense_bf16": dense(torch.bfloat16),
