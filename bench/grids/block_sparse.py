@@ -175,7 +175,7 @@ def _write_linear(path: Path, weight: Tensor, bias: Tensor) -> None:
 
 
 def contenders() -> Mapping[str, Contender]:
-    """Ours, also in int8; the dense product, in the same dtype, compiled, in bfloat16, in ONNX Runtime; others' layouts.
+    """Ours, also in int8; the dense product, in the same dtype, compiled, in bfloat16, in ONNX Runtime; others.
 
     Whether a CUDA graph can hold these is not promised anywhere.
     """
