@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from sdp_kernels import BlockSparseMatrix
 from sdprune.layers.block_sparse import BlockSparseLinear
 
 rows = torch.randn(20, 48, generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,9 @@ def layer():
 
 def assert_follows(layer):
     with torch.inference_mode():
-        expected = functional.linear(rows, layer.dense_weight(), layer.bias)
+        tensors = layer.values, layer.crow_indices, layer.col_indices  # as they are, whatever the layer remembers
+        weight = BlockSparseMatrix(*tensors, layer.shape, layer.block_shape).to_dense()
+        expected = functional.linear(rows, weight, layer.bias)
         torch.testing.assert_close(layer(rows), expected, rtol=1e-5, atol=1e-5)
         assert layer.matrix is layer.matrix, "made once"
 
