@@ -18,11 +18,11 @@ def int8_linear(input: Tensor, weight: BlockSparseMatrix, bias: Tensor | None, a
     """As `block_sparse_linear`, with checked arguments on a CPU and an int8 weight."""
     assert weight.scales is not None
     trains, rows = needs_gradient(input, bias), input.reshape(-1, weight.shape[1])
-    tensors = rows, weight.values, weight.scales, bias, weight.crow_indices, weight.col_indices
+    tensors, indices = (rows, weight.values, weight.scales, bias), (weight.crow_indices, weight.col_indices)
     if trains or is_watched(input, weight.values):
-        output: Tensor = _int8_linear(*tensors, None if trains else activation)
+        output: Tensor = _int8_linear(*tensors, *indices, None if trains else activation)
     else:
-        output = _product(*tensors, activation, weight.lists)
+        output = _product(*tensors, Walk(*indices), activation, weight.lists)
     output = output.view(*input.shape[:-1], weight.shape[0])
     return ACTIVATIONS[activation](output) if trains else output
 
@@ -37,7 +37,7 @@ def _compute(
     activation: str | None,
 ) -> Tensor:
     """(tokens, in) -> (tokens, out), of the dtype of the input."""
-    return _product(input, values, scales, bias, crow_indices, col_indices, activation, None)
+    return _product(input, values, scales, bias, Walk(crow_indices, col_indices), activation)
 
 
 def _product(
@@ -45,14 +45,12 @@ def _product(
     values: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    crow_indices: Tensor,
-    col_indices: Tensor,
+    walk: Walk,
     activation: str | None,
-    lists: object,
+    lists: object = None,
 ) -> Tensor:
-    walk = Walk(crow_indices, col_indices)
     if cpu_engine.is_compiled(torch.float32):
-        return cpu_engine.int8_product(input, values, scales, bias, walk, activation, lists)
+        return cpu_engine.compiled_product(input, values, bias, walk, scales.shape[0], activation, scales, lists)
     availability.tell_int8_is_plain()
     integers, zeros, factors = quantize_tokens(input)
     sums = rows_product((integers - zeros).double(), values.double(), walk, scales.shape[0])

@@ -6,6 +6,6 @@ plain torch (gathered.py). columns.py makes the compiled products of a masked we
 
 from sdp_kernels.cpu_engine.availability import is_compiled, multiplies_bfloat16
 from sdp_kernels.cpu_engine.gathered import values_product
-from sdp_kernels.cpu_engine.products import int8_product, product
+from sdp_kernels.cpu_engine.products import compiled_product, product
 
-__all__ = ["int8_product", "is_compiled", "multiplies_bfloat16", "product", "values_product"]
+__all__ = ["compiled_product", "is_compiled", "multiplies_bfloat16", "product", "values_product"]

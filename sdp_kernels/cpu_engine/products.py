@@ -44,49 +44,27 @@ def product(
         (tokens, out_features), of the dtype of the input.
     """
     if is_compiled(input.dtype):
-        return _compiled_product(input, values, bias, walk, out_features, activation, None, lists)
+        return compiled_product(input, values, bias, walk, out_features, activation, lists=lists)
     output = rows_product(input, values, walk, out_features).contiguous()
     if bias is not None:
         output += bias
     return output if activation is None else ACTIVATE_[activation](output)
 
 
-def int8_product(
-    input: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    walk: Walk,
-    activation: str | None,
-    lists: object = None,
-) -> Tensor:
-    """The product with int8 values by the compiled engine: as the op's reference defines it, integer by integer.
-
-    Args:
-        input: (tokens, in).
-        values: (blocks, out side, in side) int8.
-        scales: (out,) float32.
-        bias: (out,) or None.
-        walk: where the blocks stand.
-        activation: key of `ACTIVATE_`, or None.
-        lists: as in `product`.
-
-    Returns:
-        (tokens, out), of the dtype of the input.
-    """
-    return _compiled_product(input, values, bias, walk, scales.shape[0], activation, scales, lists)
-
-
-def _compiled_product(
+def compiled_product(
     input: Tensor,
     values: Tensor,
     bias: Tensor | None,
     walk: Walk,
     out_features: int,
     activation: str | None,
-    scales: Tensor | None,
-    lists: object,
+    scales: Tensor | None = None,
+    lists: object = None,
 ) -> Tensor:
+    """`product` by the compiled engine; with `scales`, (out_features,) float32, of int8 values.
+
+    These are multiplied as the reference of the op defines it, integer by integer.
+    """
     from sdp_kernels.cpu_engine.engine import multiply
     from sdp_kernels.cpu_engine.packing import pack, pack_once
     from sdp_kernels.cpu_engine.register_tile import HAS_BFLOAT16
