@@ -21,20 +21,24 @@ from sdp_kernels.cpu_engine.register_tile import (
     KINDS,
     LANES,
     PIECES,
+    SPLITS,
     TILE,
     TILE_ROWS,
     add_up_bytes,
+    finish_tile,
     kind_of,
     multiply_tile,
     put_piece,
+    split_tokens,
     transpose_square,
 )
 from sdp_kernels.cpu_engine.threads import compiled, lock, run_on_threads
 from sdp_kernels.cpu_engine.token import quantize_token
 
 ITEMS_PER_THREAD = 8  # so that no thread waits long for another
-TILES_BYTES = 2**18  # of the tiles that the rows of blocks pass by together: they stay in the second cache
-MOST_TILES = 16
+TILES_BYTES = 2**20  # of the tiles that the rows of blocks pass by together: what they read of weights is read once
+MOST_TILES = 32
+WEIGHTS_BYTES = 2**14  # of the weights that all of these tiles meet before the next: they stay in the first cache
 
 
 @compiled()
@@ -52,23 +56,29 @@ def _fill_tile(input, count, tile):
             tile[k, t] = input[t, k]
 
 
-def _fill_tiles(packed, input, count, tiles, bytes, terms):
-    """The first `count` tokens, tile by tile; for INT8 as integers, with their zeros and scales in `terms`."""
+def _fill_tiles(packed, input, count, tiles, gathers, bytes, terms):
+    """The first `count` tokens, tile by tile; for INT8 as integers, with their zeros and scales in `terms`.
+
+    Bytes are split, if they have to be, unless words are to be gathered from them first.
+    """
     raise NotImplementedError
 
 
 @overload(_fill_tiles)
-def _(packed, input, count, tiles, bytes, terms):
-    def copied(packed, input, count, tiles, bytes, terms):
+def _(packed, input, count, tiles, gathers, bytes, terms):
+    def copied(packed, input, count, tiles, gathers, bytes, terms):
         for start in range(0, count, TILE):
             _fill_tile(input[start:], min(TILE, count - start), tiles[start // TILE])
 
-    def quantized(packed, input, count, tiles, bytes, terms):
+    def quantized(packed, input, count, tiles, gathers, bytes, terms):
+        rows = 1 if gathers else SPLITS
         for start in range(0, count, TILE):
-            here = min(TILE, count - start)
+            here, tile = min(TILE, count - start), tiles[start // TILE]
             for t in range(here):
                 quantize_token(input[start + t], bytes[t], terms[start + t])
-            _fill_tile(bytes.view(np.float32), here, tiles[start // TILE])
+            _fill_tile(bytes.view(np.float32), here, tile[::rows])
+            if not gathers:
+                split_tokens(tile, len(tile) // SPLITS)
 
     return quantized if KINDS[packed.dtype] == INT8 else copied
 
@@ -80,8 +90,9 @@ def _gather_words(packed, tile, features, gathered):
 
 @overload(_gather_words)
 def _(packed, tile, features, gathered):
-    pieces = PIECES[KINDS[packed.dtype]]
-    bits = 32 // pieces
+    kind = KINDS[packed.dtype]
+    pieces = PIECES[kind]
+    bits, rows = 32 // pieces, SPLITS if kind == INT8 else 1
 
     def nothing(packed, tile, features, gathered):
         pass
@@ -90,39 +101,61 @@ def _(packed, tile, features, gathered):
         for word in range(len(features) // pieces):
             for i in range(pieces):
                 feature = features[word * pieces + i]
-                put_piece(tile[feature // pieces], bits, feature % pieces, i, gathered[word])
+                put_piece(tile[feature // pieces], bits, feature % pieces, i, gathered[word * rows])
+        if rows > 1:
+            split_tokens(gathered, len(features) // pieces)
 
     return nothing if pieces == 1 else gather
 
 
 @compiled()
-def _multiply_row(count, tiles, weights, padded_height, columns, width, gathered, rows, terms, output, kept, edge):
-    """Some tokens times one or two vectors of the output features of a row of blocks, of which `kept` count."""
-    vectors = edge.shape[1] // LANES
-    words = len(columns) * width
-    if len(gathered):
-        columns, features, width = np.zeros(1, np.int32), columns, len(columns) // PIECES[kind_of(weights)]
-        words = width
-    else:
-        features = columns
-    if kind_of(weights) == INT8:
-        add_up_bytes(vectors, weights, padded_height, words, rows)
+def _multiply_row(count, tiles, weights, height, columns, width, gathered, split, sums, rows, terms, output, edge):
+    """Some tokens times a row of blocks; `edge` is as wide as what is kept of them, and written where tiles end.
+
+    All tokens meet some of the blocks before any meets the next: the weights then stay in the first cache, and so does
+    what a tile gives all features.
+    """
+    kind, gathers, kept = kind_of(weights), len(gathered) > 0, output.shape[1]
+    pieces = PIECES[kind] if gathers else 1
+    blocks, splits = len(columns) // pieces, SPLITS if kind == INT8 else 1
+    together = max(1, WEIGHTS_BYTES // (4 * height * splits * width))
+    rows[2] = 0
+    sums[: -(-count // TILE)] = 0
+    for begin in range(0, blocks, together):
+        end = min(begin + together, blocks)
+        here, line, part = weights[begin * width * height :], height, 2 * LANES
+        chosen, wide = columns[begin * pieces : end * pieces], width
+        features = chosen
+        if gathers:
+            chosen, wide = np.zeros(1, np.int32), end - begin
+        if kind == INT8:
+            part_of_split = (end - begin) * width * splits * 2 * LANES
+            for first in range(0, height, 2 * LANES):
+                vectors = min(2, (height - first) // LANES)
+                target = split[first // (2 * LANES) * part_of_split :]
+                add_up_bytes(vectors, here[first:], height, (end - begin) * width, rows[:, first:], target)
+            if SPLITS > 1:
+                here, line, part = split.view(weights.dtype), 2 * LANES, part_of_split
+        for start in range(0, count, TILE):
+            tile, number = tiles[start // TILE], min(TILE, count - start)
+            if gathers:
+                _gather_words(weights, tile, features, gathered)
+                tile = gathered
+            for first in range(0, height, 2 * LANES):
+                unit, vectors = first // (2 * LANES), min(2, (height - first) // LANES)
+                total = sums[start // TILE, unit]
+                multiply_tile(tile, number, here[unit * part :], line, chosen, wide, total, vectors)
     for start in range(0, count, TILE):
-        tile, here = tiles[start // TILE], min(TILE, count - start)
-        if len(gathered):
-            _gather_words(weights, tile, features, gathered)
-            tile = gathered
-        inside = here == TILE and kept == vectors * LANES
-        result = output[start:, 0:] if inside else edge[0:, 0:]
-        multiply_tile(tile, here, weights, padded_height, columns, width, rows, terms[start:], result, vectors)
+        inside = count - start >= TILE and kept == height
+        result = output[start:] if inside else edge
+        finish_tile(weights, sums[start // TILE], rows, terms[start:], result)
         if not inside:
-            for t in range(here):
-                for h in range(kept):
-                    output[start + t, h] = edge[t, h]
+            for t in range(min(TILE, count - start)):
+                output[start + t] = edge[t, :kept]
 
 
 @compiled(parallel=True)
-def _multiply(input, packed, offsets, columns, gathered, rows, output, height, bounds, tiles):
+def _multiply(input, packed, offsets, columns, gathered, split, rows, output, height, bounds, tiles):
     """output = input @ matrix + bias. An item of work is some tiles of tokens times the rows between two bounds.
 
     Args:
@@ -132,6 +165,7 @@ def _multiply(input, packed, offsets, columns, gathered, rows, output, height, b
         columns: (blocks,) the block column of each block, or the inputs in the pieces of each word.
         gathered: (parts, words, TILE_ROWS), room for the words of a row of blocks that are gathered piece by piece;
             no words where the columns are of blocks.
+        split: (parts, words * padded height), room for the split words of a row of blocks, or empty.
         rows: (3, rows of blocks * padded height or more): bias; for INT8 the scales, and room for sums of the weights.
         output: (tokens, out).
         height: rows of a block that count.
@@ -141,12 +175,24 @@ def _multiply(input, packed, offsets, columns, gathered, rows, output, height, b
     parts = tiles.shape[0]
     for part in prange(parts):
         _multiply_part(
-            part, parts, input, packed, offsets, columns, gathered[part], rows, output, height, bounds, tiles[part]
+            part,
+            parts,
+            input,
+            packed,
+            offsets,
+            columns,
+            gathered[part],
+            split[part],
+            rows,
+            output,
+            height,
+            bounds,
+            tiles[part],
         )
 
 
 @compiled()
-def _multiply_part(part, parts, input, packed, offsets, columns, gathered, rows, output, height, bounds, tiles):
+def _multiply_part(part, parts, input, packed, offsets, columns, gathered, split, rows, output, height, bounds, tiles):
     kind = kind_of(packed)
     _, width, padded_height = packed.shape
     tokens, out_features = output.shape
@@ -154,10 +200,12 @@ def _multiply_part(part, parts, input, packed, offsets, columns, gathered, rows,
     together, groups = tiles.shape[0] * TILE, bounds.shape[0] - 1
     pieces = PIECES[kind] if len(gathered) else 1
     items = -(-tokens // together) * groups
-    edge = np.empty((TILE, 2 * LANES), np.float32)
+    edge = np.empty((TILE, padded_height), np.float32)
+    sums = np.empty((tiles.shape[0], -(-padded_height // (2 * LANES)), TILE, 2 * LANES), np.float32)
     terms = np.zeros((together + TILE, 2), np.float32)
-    bytes = np.zeros((TILE_ROWS if kind == INT8 else 0, 4 * tiles.shape[1]), np.uint8)
-    of_rows = np.zeros((3, 2 * LANES), np.float32)
+    words = tiles.shape[1] if len(gathered) else tiles.shape[1] // SPLITS
+    bytes = np.zeros((TILE_ROWS if kind == INT8 else 0, 4 * words), np.uint8)
+    of_rows = np.zeros((3, padded_height), np.float32)
     if kind != INT8:
         for tile in range(len(tiles)):
             for word in range(input.shape[1], tiles.shape[1]):
@@ -168,31 +216,28 @@ def _multiply_part(part, parts, input, packed, offsets, columns, gathered, rows,
         base, group = item // groups * together, item % groups
         count = min(together, tokens - base)
         if base != filled:
-            _fill_tiles(packed, input[base:], count, tiles, bytes, terms)
+            _fill_tiles(packed, input[base:], count, tiles, len(gathered) > 0, bytes, terms)
             filled = base
         for row in range(bounds[group], bounds[group + 1]):
             start, end = offsets[row], offsets[row + 1]
-            for first in range(0, padded_height, 2 * LANES):
-                feature = row * height + first
-                lanes = min(2 * LANES, padded_height - first)
-                kept = min(lanes, height - first, out_features - feature)
-                for i in range(2):
-                    for lane in range(2 * LANES):
-                        of_rows[i, lane] = rows[i, feature + lane]
-                _multiply_row(
-                    count,
-                    tiles,
-                    flat[start * width * padded_height + first :],
-                    padded_height,
-                    columns[start * pieces : end * pieces],
-                    width,
-                    gathered,
-                    of_rows,
-                    terms,
-                    output[base:, feature:],
-                    kept,
-                    edge[:, :lanes],
-                )
+            feature = row * height
+            kept = min(height, out_features - feature)
+            of_rows[:2] = rows[:2, feature : feature + padded_height]
+            _multiply_row(
+                count,
+                tiles,
+                flat[start * width * padded_height :],
+                padded_height,
+                columns[start * pieces : end * pieces],
+                width,
+                gathered,
+                split,
+                sums,
+                of_rows,
+                terms,
+                output[base:, feature : feature + kept],
+                edge,
+            )
 
 
 def multiply(packed: Packed, input, rows, output, threads: int) -> None:
@@ -208,12 +253,14 @@ def multiply(packed: Packed, input, rows, output, threads: int) -> None:
     threads = min(threads, numba.config.NUMBA_NUM_THREADS)
     lines = len(packed.offsets) - 1
     tiles = -(-len(input) // TILE)
-    words = max(packed.words, 1)
+    splits = SPLITS if packed.values.dtype == np.int32 else 1
+    words = max(packed.words, 1) * (1 if packed.gathers else splits)
     together = max(1, min(MOST_TILES, tiles, TILES_BYTES // (words * TILE_ROWS * 4)))
     items = max(1, -(-tiles // together))
     groups = 1 if threads == 1 else max(1, min(lines, ITEMS_PER_THREAD * threads // items))
     bounds = packed.bounds(groups)
-    width = lines * packed.height + 2 * LANES
+    padded_height = packed.values.shape[2]
+    width = lines * packed.height + padded_height
     with lock:
         of_rows = _room("rows", 3, width)
         for line, given in zip(of_rows, rows, strict=False):
@@ -221,8 +268,10 @@ def multiply(packed: Packed, input, rows, output, threads: int) -> None:
             line[:known] = given
             line[known:] = 0
         tiles = _room("tiles", threads, together, words, TILE_ROWS)
-        gathered = _room("gathered", threads, packed.longest if packed.gathers else 0, TILE_ROWS)
-        matrix = input, packed.values, packed.offsets, packed.columns, gathered
+        gathered = _room("gathered", threads, packed.longest * splits if packed.gathers else 0, TILE_ROWS)
+        of_row = packed.longest * packed.values.shape[1]
+        split = _room("split", threads, of_row * splits * (padded_height + LANES) if splits > 1 else 0)
+        matrix = input, packed.values, packed.offsets, packed.columns, gathered, split
         run_on_threads(threads, _multiply, *matrix, of_rows, output, packed.height, bounds, tiles)
 
 

@@ -7,6 +7,10 @@ inner loops are given to it in vector form.
 What is loaded are words of 32 bits: one float32, two bfloat16 of neighbouring inputs, or four bytes of them. An
 instruction multiplies all words of a vector and adds up what is in each. Which of them it is, the type of the array of
 the weight tells, so that each has code of its own; inputs are carried as float32 whatever they hold.
+
+Where no instruction multiplies bytes to exact sums, four bytes are split into two words: the even ones and the odd
+ones, in 16 bits each, of which pairs are multiplied and added exactly. That is done once for many tiles of tokens, and
+once for many rows of blocks, so that the innermost loop is the same for all.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return,call-arg,attr-defined"
@@ -64,10 +68,12 @@ _FEATURES = _cpu_features()
 LANES, TILE = _vector_registers(_FEATURES)
 HAS_VNNI = LANES == 16 and "avx512vnni" in _FEATURES
 HAS_BFLOAT16 = LANES == 16 and "avx512bf16" in _FEATURES
+SPLITS = 1 if HAS_VNNI else 2  # words that four bytes are multiplied as: without VNNI two, of 16 bits each
 KINDS = {types.float32: FLOAT32, types.uint32: BFLOAT16, types.int32: INT8}  # by the type of the words of a weight
 SMALL_TILE = TILE // 3
 TILE_ROWS = -(-TILE // LANES) * LANES  # so that whole squares can be transposed into a tile
 VECTOR, INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(LANE, LANES)
+SHORTS, WIDE = ir.VectorType(SHORT, 2 * LANES), ir.VectorType(LANE, 2 * LANES)
 
 
 def array_of(context, builder, signature, args, position):
@@ -86,30 +92,23 @@ def vector_at(builder, pointer, *offsets):
 
 
 def _tile_product(tokens: int):
-    """The product of a few tokens with one row of blocks, for one or two vectors of output features.
+    """The product of a few tokens with blocks next to each other, for one or two vectors of output features.
 
-    sums[t] = sum over the blocks, and words within, of tile[columns[block] * width + word, t] * packed[block, word],
+    sums[t] += sum over the blocks, and words within, of tile[columns[block] * width + word, t] * packed[block, word],
     where `packed` is flat and begins with the first of the features; `height` is how many it has in all, and `width`
-    counts words. Then, by the kind of word,
-
-    * FLOAT32, BFLOAT16: result[t] = sums[t] + rows[0];
-    * INT8: result[t] = (sums[t] - terms[t, 0] * rows[2]) * (terms[t, 1] * rows[1]) + rows[0], where terms[t, 0] and
-      rows[2] are integers, and what is in the brackets on the left too.
+    counts words. Rows of `sums` are two vectors long; for INT8 they hold integers.
     """
 
     @intrinsic
-    def tile_product(typing_context, vectors, tile, packed, height, columns, width, rows, terms, result):
-        signature = types.void(types.intp, tile, packed, types.intp, columns, types.intp, rows, terms, result)
+    def tile_product(typing_context, vectors, tile, packed, height, columns, width, sums):
+        signature = types.void(types.intp, tile, packed, types.intp, columns, types.intp, sums)
         kind = KINDS[packed.dtype]
 
         def generate(context, builder, signature, args):
-            tile, packed, columns, rows, terms, result = (
-                array_of(context, builder, signature, args, i) for i in (1, 2, 4, 6, 7, 8)
-            )
+            tile, packed, columns, sums = (array_of(context, builder, signature, args, i) for i in (1, 2, 4, 6))
             (blocks,) = cgutils.unpack_tuple(builder, columns.shape)
-            strided = [(array.data, _strides(builder, array)[0]) for array in (rows, terms, result)]
             weights = builder.bitcast(packed.data, FLOAT.as_pointer())
-            given = [tile.data, weights, args[3], columns.data, blocks, args[5], *chain.from_iterable(strided)]
+            given = [tile.data, weights, args[3], columns.data, blocks, args[5], sums.data]
             for count in (1, 2):
                 with builder.if_then(builder.icmp_signed("==", args[0], INDEX(count))):
                     builder.call(_product_function(builder.module, kind, count, tokens), given)
@@ -126,7 +125,7 @@ def _product_function(module, kind, vectors, tokens):
     if name in module.globals:
         return module.globals[name]
     floats, lists = FLOAT.as_pointer(), LANE.as_pointer()
-    arguments = [floats, floats, INDEX, lists, INDEX, INDEX, floats, INDEX, floats, INDEX, floats, INDEX]
+    arguments = [floats, floats, INDEX, lists, INDEX, INDEX, floats]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
@@ -136,59 +135,82 @@ def _product_function(module, kind, vectors, tokens):
     return function
 
 
-def _emit_product(
-    builder,
-    kind,
-    vectors,
-    tokens,
-    tile,
-    packed,
-    height,
-    columns,
-    blocks,
-    width,
-    rows,
-    line,
-    terms,
-    terms_stride,
-    result,
-    result_stride,
-):
+def _emit_product(builder, kind, vectors, tokens, tile, packed, height, columns, blocks, width, sums):
     number = INTEGERS if kind == INT8 else VECTOR
     multiply_add = {FLOAT32: multiply_floats, BFLOAT16: _multiply_bfloats, INT8: _multiply_bytes}[kind]
+    splits = SPLITS if kind == INT8 else 1
     # LLVM turns these into registers.
-    sums = [[cgutils.alloca_once(builder, number) for _ in range(vectors)] for _ in range(tokens)]
-    for v in range(vectors):
-        place = vector_at(builder, rows, INDEX(v * LANES))
-        start = ir.Constant(number, None) if kind == INT8 else builder.load(place, align=4)
-        for t in range(tokens):
-            builder.store(start, sums[t][v])
+    totals = [[cgutils.alloca_once(builder, number) for _ in range(vectors)] for _ in range(tokens)]
+    places = [
+        [
+            builder.bitcast(vector_at(builder, sums, INDEX((2 * t + v) * LANES)), number.as_pointer())
+            for v in range(vectors)
+        ]
+        for t in range(tokens)
+    ]
+    for t in range(tokens):
+        for v in range(vectors):
+            builder.store(builder.load(places[t][v], align=4), totals[t][v])
 
     with cgutils.for_range(builder, blocks) as block_loop:
         column = builder.sext(builder.load(builder.gep(columns, [block_loop.index])), INDEX)
-        corner = builder.gep(tile, [builder.mul(column, builder.mul(width, INDEX(TILE_ROWS)))])
+        corner = builder.gep(tile, [builder.mul(column, builder.mul(width, INDEX(splits * TILE_ROWS)))])
         begin = builder.mul(block_loop.index, builder.mul(width, height))
         with cgutils.for_range(builder, width) as loop:
-            here = builder.add(begin, builder.mul(loop.index, height))
-            places = [vector_at(builder, packed, here, INDEX(v * LANES)) for v in range(vectors)]
-            weights = [builder.load(place, align=4) for place in places]
-            factors = builder.gep(corner, [builder.mul(loop.index, INDEX(TILE_ROWS))])
-            for t in range(tokens):
-                factor = spread(builder, builder.load(builder.gep(factors, [INDEX(t)])))
-                for v in range(vectors):
-                    total = multiply_add(builder, builder.load(sums[t][v]), factor, weights[v])
-                    builder.store(total, sums[t][v])
+            for split in range(splits):
+                row = builder.add(builder.mul(loop.index, INDEX(splits)), INDEX(split))
+                here = builder.add(builder.mul(begin, INDEX(splits)), builder.mul(row, height))
+                weights = [
+                    builder.load(vector_at(builder, packed, here, INDEX(v * LANES)), align=4) for v in range(vectors)
+                ]
+                factors = builder.gep(corner, [builder.mul(row, INDEX(TILE_ROWS))])
+                for t in range(tokens):
+                    factor = spread(builder, builder.load(builder.gep(factors, [INDEX(t)])))
+                    for v in range(vectors):
+                        total = multiply_add(builder, builder.load(totals[t][v]), factor, weights[v])
+                        builder.store(total, totals[t][v])
 
-    for v in range(vectors):
-        places = [vector_at(builder, rows, builder.mul(line, INDEX(i)), INDEX(v * LANES)) for i in range(3)]
-        of_rows = [builder.load(place, align=4) for place in places] if kind == INT8 else []
-        for t in range(tokens):
-            total = builder.load(sums[t][v])
-            if kind == INT8:
-                term = builder.gep(terms, [builder.mul(terms_stride, INDEX(t))])
-                total = _scaled(builder, total, term, *of_rows)
-            place = vector_at(builder, result, builder.mul(result_stride, INDEX(t)), INDEX(v * LANES))
-            builder.store(total, place, align=4)
+    for t in range(tokens):
+        for v in range(vectors):
+            builder.store(builder.load(totals[t][v]), places[t][v], align=4)
+
+
+@intrinsic
+def finish_tile(typing_context, packed, sums, rows, terms, result):
+    """What the sums of a tile come to, for all output features of a row of blocks, by the kind of word.
+
+    * FLOAT32, BFLOAT16: result[t] = sums[t] + rows[0];
+    * INT8: result[t] = (sums[t] - terms[t, 0] * rows[2]) * (terms[t, 1] * rows[1]) + rows[0], where terms[t, 0] and
+      rows[2] are integers, and what is in the brackets on the left too.
+
+    `sums` is (pairs of vectors, TILE, 2 * LANES).
+    """
+    signature = types.void(packed, sums, rows, terms, result)
+    kind = KINDS[packed.dtype]
+
+    def generate(context, builder, signature, args):
+        sums, rows, terms, result = (array_of(context, builder, signature, args, i) for i in range(1, 5))
+        line, term_stride, stride = (_strides(builder, array)[0] for array in (rows, terms, result))
+        vectors = builder.sdiv(cgutils.unpack_tuple(builder, rows.shape)[1], INDEX(LANES))
+        with cgutils.for_range(builder, INDEX(TILE)) as tokens:
+            term = builder.gep(terms.data, [builder.mul(term_stride, tokens.index)])
+            target = builder.gep(result.data, [builder.mul(stride, tokens.index)])
+            with cgutils.for_range(builder, vectors) as loop:
+                first = builder.mul(loop.index, INDEX(LANES))
+                pair, side = builder.sdiv(loop.index, INDEX(2)), builder.srem(loop.index, INDEX(2))
+                row = builder.add(builder.mul(pair, INDEX(TILE)), tokens.index)
+                place = builder.add(builder.mul(row, INDEX(2 * LANES)), builder.mul(side, INDEX(LANES)))
+                total = builder.load(vector_at(builder, sums.data, place), align=4)
+                bias, *of_rows = (
+                    builder.load(vector_at(builder, rows.data, builder.mul(line, INDEX(i)), first), align=4)
+                    for i in range(3)
+                )
+                if kind == INT8:
+                    total = _scaled(builder, builder.bitcast(total, INTEGERS), term, *of_rows)
+                builder.store(builder.fadd(total, bias), vector_at(builder, target, first), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 def spread(builder, value):
@@ -215,36 +237,35 @@ def _multiply_bfloats(builder, total, factor, weights):
 
 
 def _multiply_bytes(builder, total, factor, weights):
-    """Four products a lane, of unsigned bytes of the input with signed ones of the weight."""
+    """Four products a lane, of unsigned bytes of the input with signed ones of the weight; two, of what is split."""
     if HAS_VNNI:
         factor, weights = (builder.bitcast(vector, INTEGERS) for vector in (factor, weights))
         name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
         return called(builder, name, INTEGERS, total, factor, weights)
-    return _multiply_bytes_widened(builder, total, factor, weights)
-
-
-def _multiply_bytes_widened(builder, total, factor, weights):
-    """The same by wider integers: the even and the odd bytes as 16 bits, whose products are added in 32 bits."""
-    two = ir.VectorType(SHORT, 2 * LANES)
-    wide = ir.VectorType(LANE, 2 * LANES)
-    factor, weights = (builder.bitcast(vector, two) for vector in (factor, weights))
-    eight = ir.Constant(two, [8] * (2 * LANES))
-    low = builder.and_(factor, ir.Constant(two, [255] * (2 * LANES))), builder.ashr(builder.shl(weights, eight), eight)
-    high = builder.lshr(factor, eight), builder.ashr(weights, eight)
-    for factors, signed in (low, high):
-        products = builder.mul(builder.zext(factors, wide), builder.sext(signed, wide))
-        for side in range(2):
-            lanes = ir.Constant(INTEGERS, [2 * lane + side for lane in range(LANES)])
-            total = builder.add(total, builder.shuffle_vector(products, products, lanes))
+    # LLVM has instructions for this pattern: pmaddwd on x86
+    factor, weights = (builder.sext(builder.bitcast(vector, SHORTS), WIDE) for vector in (factor, weights))
+    products = builder.mul(factor, weights)
+    for side in range(2):
+        lanes = ir.Constant(INTEGERS, [2 * lane + side for lane in range(LANES)])
+        total = builder.add(total, builder.shuffle_vector(products, products, lanes))
     return total
 
 
-def _scaled(builder, total, term, bias, scales, sums):
-    """(total - zero * sums) * (scale of the token * scales) + bias."""
+def _split_bytes(builder, words, signed):
+    """The even and the odd bytes of words as 16 bits."""
+    words = builder.bitcast(words, SHORTS)
+    eight = ir.Constant(SHORTS, [8] * (2 * LANES))
+    if signed:
+        return builder.ashr(builder.shl(words, eight), eight), builder.ashr(words, eight)
+    return builder.and_(words, ir.Constant(SHORTS, [255] * (2 * LANES))), builder.lshr(words, eight)
+
+
+def _scaled(builder, total, term, scales, sums):
+    """(total - zero * sums) * (scale of the token * scales)."""
     zero, scale = (spread(builder, builder.load(builder.gep(term, [INDEX(i)]))) for i in range(2))
     zero, sums = (builder.bitcast(vector, INTEGERS) for vector in (zero, sums))
     exact = builder.sitofp(builder.sub(total, builder.mul(zero, sums)), VECTOR)
-    return builder.fadd(builder.fmul(exact, builder.fmul(scale, scales)), bias)
+    return builder.fmul(exact, builder.fmul(scale, scales))
 
 
 @intrinsic
@@ -259,19 +280,20 @@ def kind_of(typing_context, packed):
 
 
 @intrinsic
-def add_up_bytes(typing_context, vectors, packed, height, words, rows):
-    """rows[2] = the sums of the INT8 weights of one or two vectors of output features, `words` of them behind another.
+def add_up_bytes(typing_context, vectors, packed, height, words, rows, split):
+    """rows[2] += the sums of the INT8 weights of one or two vectors of output features, `words` of them in a row.
 
     Made anew in each product, beside many times as much work, so that they are those of the weights as they are now.
+    Where bytes are split, `split` gets the weights so: (words, SPLITS, two vectors), the second perhaps left out.
     """
-    signature = types.void(types.intp, packed, types.intp, types.intp, rows)
+    signature = types.void(types.intp, packed, types.intp, types.intp, rows, split)
     chains = 4  # of additions that wait for each other
 
     def generate(context, builder, signature, args):
         count, height, words = args[0], args[2], args[3]
-        packed, rows = (array_of(context, builder, signature, args, i) for i in (1, 4))
+        packed, rows, split = (array_of(context, builder, signature, args, i) for i in (1, 4, 5))
         line = builder.mul(_strides(builder, rows)[0], INDEX(2))
-        ones = ir.Constant(INTEGERS, [0x01010101] * LANES)
+        step = INDEX(2 * LANES)
         for v in range(2):
             with builder.if_then(builder.icmp_signed("<", INDEX(v), count)):
                 sums = [cgutils.alloca_once_value(builder, ir.Constant(INTEGERS, None)) for _ in range(chains)]
@@ -281,7 +303,16 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows):
                 def add(word, total, v=v):
                     place = vector_at(builder, packed.data, builder.mul(word, height), INDEX(v * LANES))
                     weights = builder.load(place, align=4)
-                    builder.store(_multiply_bytes(builder, builder.load(total), ones, weights), total)
+                    if SPLITS == 1:
+                        added = ir.Constant(INTEGERS, [0x01010101] * LANES), weights
+                    else:
+                        pieces = _split_bytes(builder, weights, signed=True)
+                        for i, piece in enumerate(pieces):
+                            here = builder.mul(builder.add(builder.mul(word, INDEX(2)), INDEX(i)), step)
+                            target = vector_at(builder, split.data, here, INDEX(v * LANES))
+                            builder.store(builder.bitcast(piece, VECTOR), target, align=4)
+                        added = ir.Constant(SHORTS, [1] * (2 * LANES)), builder.add(*pieces)
+                    builder.store(_multiply_bytes(builder, builder.load(total), *added), total)
 
                 whole = builder.sdiv(words, INDEX(chains))
                 with cgutils.for_range(builder, whole) as loop:
@@ -289,9 +320,31 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows):
                         add(builder.add(builder.mul(loop.index, INDEX(chains)), INDEX(i)), sums[i])
                 with cgutils.for_range(builder, words, start=builder.mul(whole, INDEX(chains))) as loop:
                     add(loop.index, sums[0])
-                total = functools.reduce(builder.add, [builder.load(each) for each in sums])
-                place = vector_at(builder, rows.data, line, INDEX(v * LANES))
-                builder.store(builder.bitcast(total, VECTOR), place, align=4)
+                place = builder.bitcast(
+                    vector_at(builder, rows.data, line, INDEX(v * LANES)), INTEGERS.as_pointer()
+                )
+                parts = [builder.load(place, align=4), *map(builder.load, sums)]
+                builder.store(functools.reduce(builder.add, parts), place, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def split_tokens(typing_context, tile, words):
+    """Split the bytes of the first `words` rows of a tile, each of which lies where SPLITS rows are free for it."""
+    signature = types.void(tile, types.intp)
+
+    def generate(context, builder, signature, args):
+        data = array_of(context, builder, signature, args, 0).data
+        if SPLITS > 1:
+            with cgutils.for_range(builder, args[1]) as loop:
+                row = builder.mul(loop.index, INDEX(SPLITS * TILE_ROWS))
+                for start in range(0, TILE_ROWS, LANES):
+                    source = vector_at(builder, data, row, INDEX(start))
+                    for i, piece in enumerate(_split_bytes(builder, builder.load(source, align=4), signed=False)):
+                        target = vector_at(builder, data, row, INDEX(i * TILE_ROWS + start))
+                        builder.store(builder.bitcast(piece, VECTOR), target, align=4)
         return context.get_dummy_value()
 
     return signature, generate
@@ -359,10 +412,10 @@ _product, _small_product = _tile_product(TILE), _tile_product(SMALL_TILE)
 
 
 @compiled()
-def multiply_tile(tile, count, packed, height, columns, width, rows, terms, result, vectors):
+def multiply_tile(tile, count, packed, height, columns, width, sums, vectors):
     """`_tile_product` for the first `count` tokens of a tile, in small steps if it is far from full."""
     if count > TILE - SMALL_TILE:
-        _product(vectors, tile, packed, height, columns, width, rows, terms, result)
+        _product(vectors, tile, packed, height, columns, width, sums)
         return
     for t in range(0, count, SMALL_TILE):
-        _small_product(vectors, tile[:, t:], packed, height, columns, width, rows, terms[t:], result[t:])
+        _small_product(vectors, tile[:, t:], packed, height, columns, width, sums[t:])
