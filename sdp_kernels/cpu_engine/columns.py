@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from sdp_kernels.cpu_engine.engine import multiply
+from sdp_kernels.cpu_engine.engine import NOTHING, multiply
 from sdp_kernels.cpu_engine.gradient import add_weight_gradient, row_of, write_input_gradient
 from sdp_kernels.cpu_engine.packing import Packed
 from sdp_kernels.cpu_engine.register_tile import LANES
@@ -81,7 +81,7 @@ class KeptColumns:
         """Write input @ masked weight.T + bias: (tokens, in), (out, in), (out,) and (tokens, out)."""
         values = self._packed(weight)[:, None]
         packed = Packed(values, self.offsets, self.columns, self.height, weight.shape[1], gathers=False)
-        multiply(packed, input, (bias,), output, self.threads)
+        multiply(packed, input, bias, NOTHING, output, self.threads)
 
     def input_gradient(self, gradient, weight, result) -> None:
         """Write gradient @ masked weight: (tokens, out), (out, in) and (tokens, in)."""

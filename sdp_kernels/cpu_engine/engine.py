@@ -38,6 +38,7 @@ from sdp_kernels.cpu_engine.token import quantize_token
 ITEMS_PER_THREAD = 8  # so that no thread waits long for another
 TILES_BYTES = 2**20  # of the tiles that the rows of blocks pass by together: what they read of weights is read once
 MOST_TILES = 32
+NOTHING = np.zeros(0, np.float32)
 WEIGHTS_BYTES = 2**14  # of the weights that all of these tiles meet before the next: they stay in the first cache
 
 
@@ -155,7 +156,7 @@ def _multiply_row(count, tiles, weights, height, columns, width, gathered, split
 
 
 @compiled(parallel=True)
-def _multiply(input, packed, offsets, columns, gathered, split, rows, output, height, bounds, tiles):
+def _multiply(input, packed, offsets, columns, gathered, split, bias, scales, output, height, bounds, tiles):
     """output = input @ matrix + bias. An item of work is some tiles of tokens times the rows between two bounds.
 
     Args:
@@ -166,7 +167,8 @@ def _multiply(input, packed, offsets, columns, gathered, split, rows, output, he
         gathered: (parts, words, TILE_ROWS), room for the words of a row of blocks that are gathered piece by piece;
             no words where the columns are of blocks.
         split: (parts, words * padded height), room for the split words of a row of blocks, or empty.
-        rows: (3, rows of blocks * padded height or more): bias; for INT8 the scales, and room for sums of the weights.
+        bias: (out,) or empty.
+        scales: (out,) for INT8.
         output: (tokens, out).
         height: rows of a block that count.
         bounds: (groups + 1,) rows of blocks.
@@ -183,7 +185,7 @@ def _multiply(input, packed, offsets, columns, gathered, split, rows, output, he
             columns,
             gathered[part],
             split[part],
-            rows,
+            (bias, scales),
             output,
             height,
             bounds,
@@ -205,7 +207,7 @@ def _multiply_part(part, parts, input, packed, offsets, columns, gathered, split
     terms = np.zeros((together + TILE, 2), np.float32)
     words = tiles.shape[1] if len(gathered) else tiles.shape[1] // SPLITS
     bytes = np.zeros((TILE_ROWS if kind == INT8 else 0, 4 * words), np.uint8)
-    of_rows = np.zeros((3, padded_height), np.float32)
+    of_rows = np.zeros((3, padded_height), np.float32)  # bias, scales, room for sums of the weights
     if kind != INT8:
         for tile in range(len(tiles)):
             for word in range(input.shape[1], tiles.shape[1]):
@@ -222,7 +224,9 @@ def _multiply_part(part, parts, input, packed, offsets, columns, gathered, split
             start, end = offsets[row], offsets[row + 1]
             feature = row * height
             kept = min(height, out_features - feature)
-            of_rows[:2] = rows[:2, feature : feature + padded_height]
+            for i in range(2):
+                if len(rows[i]):
+                    of_rows[i, :kept] = rows[i][feature : feature + kept]
             _multiply_row(
                 count,
                 tiles,
@@ -240,13 +244,14 @@ def _multiply_part(part, parts, input, packed, offsets, columns, gathered, split
             )
 
 
-def multiply(packed: Packed, input, rows, output, threads: int) -> None:
+def multiply(packed: Packed, input, bias, scales, output, threads: int) -> None:
     """Write input @ matrix + bias.
 
     Args:
         packed: the matrix.
         input: (tokens, in) contiguous: float32, or bfloat16 as words (tokens, words) that hold two.
-        rows: the bias, (out,), or nothing; of an int8 matrix bias and scales; float32.
+        bias: (out,) float32, or `NOTHING`.
+        scales: of an int8 matrix (out,) float32, otherwise `NOTHING`.
         output: (tokens, out) contiguous float32.
         threads: how many to run on; no more than numba was started with.
     """
@@ -260,19 +265,13 @@ def multiply(packed: Packed, input, rows, output, threads: int) -> None:
     groups = 1 if threads == 1 else max(1, min(lines, ITEMS_PER_THREAD * threads // items))
     bounds = packed.bounds(groups)
     padded_height = packed.values.shape[2]
-    width = lines * packed.height + padded_height
     with lock:
-        of_rows = _room("rows", 3, width)
-        for line, given in zip(of_rows, rows, strict=False):
-            known = 0 if given is None else len(given)
-            line[:known] = given
-            line[known:] = 0
         tiles = _room("tiles", threads, together, words, TILE_ROWS)
         gathered = _room("gathered", threads, packed.longest * splits if packed.gathers else 0, TILE_ROWS)
         of_row = packed.longest * packed.values.shape[1]
         split = _room("split", threads, of_row * splits * (padded_height + LANES) if splits > 1 else 0)
         matrix = input, packed.values, packed.offsets, packed.columns, gathered, split
-        run_on_threads(threads, _multiply, *matrix, of_rows, output, packed.height, bounds, tiles)
+        run_on_threads(threads, _multiply, *matrix, bias, scales, output, packed.height, bounds, tiles)
 
 
 _rooms: dict[str, Any] = {}  # to be used under the lock

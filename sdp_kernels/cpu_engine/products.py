@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,29 +66,34 @@ def compiled_product(
 
     These are multiplied as the reference of the op defines it, integer by integer.
     """
-    from sdp_kernels.cpu_engine.engine import multiply
-    from sdp_kernels.cpu_engine.packing import pack, pack_once
-    from sdp_kernels.cpu_engine.register_tile import HAS_BFLOAT16
-
-    pairs = input.dtype == values.dtype == torch.bfloat16 and HAS_BFLOAT16
+    engine, packing = _compiled_modules()
+    pairs = input.dtype == values.dtype == torch.bfloat16 and packing.HAS_BFLOAT16
     if scales is None and not pairs:
         values = values.float()
     threads = torch.get_num_threads()
     matrix = values.detach(), walk, input.shape[1], threads
-    packed = pack(*matrix) if lists is None else pack_once(*matrix, lists)
-    rows = [None if row is None else row.detach().float().numpy() for row in (bias, scales)]
+    packed = packing.pack(*matrix) if lists is None else packing.pack_once(*matrix, lists)
+    rows = [engine.NOTHING if row is None else row.detach().float().contiguous().numpy() for row in (bias, scales)]
 
     input = input.detach()
     output = input.new_empty(input.shape[0], out_features)
     for part, result in _in_parts(input, output, together=input.dtype == torch.float32 and activation is None):
         wide = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
         words = pairs_of(part) if pairs else part.float().contiguous()
-        multiply(packed, words.numpy(), rows, wide.numpy(), threads)
+        engine.multiply(packed, words.numpy(), *rows, wide.numpy(), threads)
         if activation is not None:
             ACTIVATE_[activation](wide)
         if wide is not result:
             result.copy_(wide)
     return output
+
+
+@functools.cache
+def _compiled_modules() -> tuple[Any, Any]:
+    """They need numba, and importing them takes a while."""
+    from sdp_kernels.cpu_engine import engine, packing
+
+    return engine, packing
 
 
 def _in_parts(input: Tensor, output: Tensor, *, together: bool) -> Iterable[tuple[Tensor, Tensor]]:

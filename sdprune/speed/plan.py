@@ -67,6 +67,40 @@ def plan(
             than 3 repeats; an unknown precision, or int8 on a GPU; or the model is wrapped.
         TypeError: `sample_input` is no mapping, or the model no module.
     """
+    found = choose_forms(
+        model,
+        sample_input,
+        block_shapes=block_shapes,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        repeats=repeats,
+        precision=precision,
+    )
+    name, *_ = _candidate_names(model, target_modules, exclude_modules)
+    device = model.get_parameter(f"{name}.weight").device
+    inputs = on_device(sample_input, device)
+    with evaluating(model), torch.inference_mode():
+        calls: dict[str, Callable[[], Any]] = {DENSE: lambda: model(**inputs)}
+        if found.choices:
+            converted = apply(sharing_copy(model), found)
+            calls["converted"] = lambda: converted(**inputs)
+        times = measure(calls, device, repeats)
+    found = replace(found, dense=times[DENSE], converted=times.get("converted"))
+    slower = found.converted is not None and found.converted.median >= found.dense.median
+    return found.unconverted() if slower else found
+
+
+def choose_forms(
+    model: nn.Module,
+    sample_input: Mapping[str, Any],
+    *,
+    block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    repeats: int = 7,
+    precision: Literal["int8"] | None = None,
+) -> Plan:
+    """`plan`, but for the times of the whole model, which are 0: for who measures that with more."""
     check_bare(model)
     if not isinstance(sample_input, Mapping):
         raise TypeError(f"sample_input must be a mapping of model inputs, got {type(sample_input).__name__}")
@@ -85,23 +119,15 @@ def plan(
     inputs = on_device(sample_input, device)
     with evaluating(model), torch.inference_mode():
         layers = _plan_layers(model, inputs, names, forms, repeats)
-        found = Plan(
-            layers=layers,
-            device=device_name(device),
-            dtype=str(weight.dtype).removeprefix("torch."),
-            threads=torch.get_num_threads() if device.type == "cpu" else None,
-            torch=torch.__version__,
-            dense=Times(0.0, 0.0, 0.0, 0),
-            converted=None,
-        )
-        calls: dict[str, Callable[[], Any]] = {DENSE: lambda: model(**inputs)}
-        if found.choices:
-            converted = apply(sharing_copy(model), found)
-            calls["converted"] = lambda: converted(**inputs)
-        times = measure(calls, device, repeats)
-    found = replace(found, dense=times[DENSE], converted=times.get("converted"))
-    slower = found.converted is not None and found.converted.median >= found.dense.median
-    return found.unconverted() if slower else found
+    return Plan(
+        layers=layers,
+        device=device_name(device),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        torch=torch.__version__,
+        dense=Times(0.0, 0.0, 0.0, 0),
+        converted=None,
+    )
 
 
 def on_device(sample_input: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from sdprune.masking.linears import is_linear, put_layer
 from sdprune.masking.select import matching
 from sdprune.speed.compare import FLOORS, Outputs, describe_move, largest_error, output_tensors
 from sdprune.speed.fuse import Fusions, agree, find_fusions, fuse, unread_between
-from sdprune.speed.plan import apply, on_device, plan
+from sdprune.speed.plan import apply, choose_forms, on_device
 from sdprune.speed.plan_record import Plan
 from sdprune.speed.timing import Times, measure
 
@@ -130,8 +130,9 @@ def speed_up(
     if times[fastest].median >= times["given"].median:
         fastest = "given"
     moved = describe_move(_outputs(models[fastest], inputs), expected)
-    if fastest == "given" and made is not None:
-        made = made.unconverted()
+    if made is not None:
+        made = replace(made, dense=times["given"], converted=times["converted"] if made.choices else None)
+        made = made.unconverted() if fastest == "given" else made
     fusions = fusions if fastest == "fused" else Fusions()
     result: Any = _own_copy(models[fastest], model)
     result.sped_up = SpeedUp(precision, made, fusions, times["given"], times[fastest], moved)
@@ -234,7 +235,7 @@ def _converted(
     if not names:
         return base, None
     # on a copy: what a model keeps of a pass of its own is of no use outside of torch.inference_mode
-    made = plan(
+    made = choose_forms(
         sharing_copy(base),
         inputs,
         block_shapes=_leanest(base),

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
+LEAST_REPEATS = 3
+FAR_BEHIND = 4  # times the time of the fastest
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Times:
 def measure(calls: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, Times]:
     """Time every call `repeats` times after two for warming up; they take turns, so that a drift hits all alike.
 
-    Wall time on a CPU, the time between two events of the queue on a GPU.
+    Wall time on a CPU, where a call that takes several times as long as the fastest is timed three times only, lest it
+    take most of the time of a comparison; the time between two events of the queue on a GPU.
     """
     threads = torch.get_num_threads()
     for call in calls.values():
@@ -43,8 +46,10 @@ def measure(calls: Mapping[str, Call], device: torch.device, repeats: int) -> di
 
 def _wall_spans(calls: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, list[float]]:
     spans: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    for repeat in range(repeats):
         for name, call in calls.items():
+            if repeat >= LEAST_REPEATS and spans[name][0] > FAR_BEHIND * min(first[0] for first in spans.values()):
+                continue
             start = time.perf_counter()
             call()
             spans[name].append(1e3 * (time.perf_counter() - start))

@@ -257,13 +257,13 @@ from sdp_kernels.cpu_engine import register_tile
 product = register_tile._product
 
 @njit
-def call(vectors, tile, packed, height, columns, width, rows, terms, result):
-    product(vectors, tile, packed, height, columns, width, rows, terms, result)
+def call(vectors, tile, packed, height, columns, width, sums):
+    product(vectors, tile, packed, height, columns, width, sums)
 
 matrix, lists, index = types.Array(types.float32, 2, "C"), types.Array(types.int32, 1, "C"), types.intp
 for words in (types.float32, types.uint32, types.int32):
     packed = types.Array(words, 1, "C")
-    call.compile((index, matrix, packed, index, lists, index, matrix, matrix, matrix))
+    call.compile((index, matrix, packed, index, lists, index, matrix))
 code = "".join(call.inspect_asm().values())
 for instruction in ("vpdpbusd\\t%zmm", "vdpbf16ps\\t%zmm", "vfmadd231ps\\t%zmm"):
     assert code.count(instruction) >= 24, instruction
