@@ -91,7 +91,9 @@ def gated_gradient(
 
 def _blocks_on_cpu(rows: Tensor, weight: Tensor, masking: Masking) -> BitMask | None:
     """The mask, if a product on a CPU goes along its kept blocks."""
-    mask = masking.bit_mask(weight) if masking.backend == "cpu" else None
+    if masking.backend != "cpu" or keeps_everything(masking.mask, weight):
+        return None
+    mask = masking.bit_mask(weight)
     return mask if mask is not None and cpu.worthwhile(rows.dtype, mask) else None
 
 
