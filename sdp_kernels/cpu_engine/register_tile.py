@@ -320,9 +320,7 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows, split):
                         add(builder.add(builder.mul(loop.index, INDEX(chains)), INDEX(i)), sums[i])
                 with cgutils.for_range(builder, words, start=builder.mul(whole, INDEX(chains))) as loop:
                     add(loop.index, sums[0])
-                place = builder.bitcast(
-                    vector_at(builder, rows.data, line, INDEX(v * LANES)), INTEGERS.as_pointer()
-                )
+                place = builder.bitcast(vector_at(builder, rows.data, line, INDEX(v * LANES)), INTEGERS.as_pointer())
                 parts = [builder.load(place, align=4), *map(builder.load, sums)]
                 builder.store(functools.reduce(builder.add, parts), place, align=4)
         return context.get_dummy_value()

@@ -42,10 +42,10 @@ def plan(
     `sample_input`, on the device and in the dtype at hand: dense; without its empty rows and columns, if it has any;
     and in blocks of each shape that leaves blocks empty. With the precision "int8" each of these is timed with int8
     values too, and layers without zeros in "dense-int8", whose results are rounded. A form wins if 80 % of its times
-    lie below 80 % of those of the dense layer; of several winners the one with the least median is chosen, and without
-    one the layer stays dense. Layers of one shape of which every form keeps the same share, to a fiftieth, are timed
-    once. Then the whole model is timed with the choices, and nothing is converted if it does not
-    get faster. The model itself stays as it is; `apply` converts it.
+    lie below 80 % of those of the dense layer, one in int8, as that was asked for, if its median does; of several
+    winners the one with the least median is chosen, and without one the layer stays dense. Layers of one shape of which
+    every form keeps the same share, to a fiftieth, are timed once. Then the whole model is timed with the choices, and
+    nothing is converted if it does not get faster. The model itself stays as it is; `apply` converts it.
 
     The choice depends on the number of tokens: plan with the batch and the length that the model will see.
 
@@ -252,11 +252,14 @@ def _time_forms(
 
 
 def _winner(candidates: Mapping[str, Candidate]) -> str:
-    """The fastest form whose times lie apart from those of the dense layer."""
+    """The fastest form whose times lie apart from those of the dense layer, or below them in an int8 asked for."""
+    if not candidates:
+        return DENSE
+    dense = candidates[DENSE].times
     winners = {
         choice: form.times.median
         for choice, form in candidates.items()
-        if choice != DENSE and form.times.p80 < candidates[DENSE].times.p20
+        if form.times.p80 < dense.p20 or (Form.named(choice).precision == INT8 and form.times.median < dense.median)
     }
     return min(winners, key=lambda choice: winners[choice]) if winners else DENSE
 

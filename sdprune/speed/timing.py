@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-LEAST_REPEATS = 3
-FAR_BEHIND = 4  # times the time of the fastest
+LEAST_REPEATS = 3  # of a call that is hopeless
+LONG, FAR_BEHIND = 1000.0, 4  # milliseconds, and times the fastest
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Times:
 def measure(calls: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, Times]:
     """Time every call `repeats` times after two for warming up; they take turns, so that a drift hits all alike.
 
-    Wall time on a CPU, where a call that takes several times as long as the fastest is timed three times only, lest it
-    take most of the time of a comparison; the time between two events of the queue on a GPU.
+    Wall time on a CPU, where a call of seconds that takes several times as long as the fastest is timed three times
+    only, lest a comparison wait for it most of its time; the time between two events of the queue on a GPU.
     """
     threads = torch.get_num_threads()
     for call in calls.values():
@@ -48,7 +48,7 @@ def _wall_spans(calls: Mapping[str, Call], device: torch.device, repeats: int) -
     spans: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats):
         for name, call in calls.items():
-            if repeat >= LEAST_REPEATS and spans[name][0] > FAR_BEHIND * min(first[0] for first in spans.values()):
+            if repeat >= LEAST_REPEATS and spans[name][0] > max(LONG, FAR_BEHIND * min(map(min, spans.values()))):
                 continue
             start = time.perf_counter()
             call()

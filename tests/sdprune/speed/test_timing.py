@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from sdprune.speed import timing
 from sdprune.speed.timing import device_name, measure, peak_mib
 
 CPU = torch.device("cpu")
@@ -46,3 +47,12 @@ def test_memory_is_the_most_that_is_held_at_once():
 
 def test_a_device_has_a_name():
     assert device_name(CPU).startswith("CPU ")
+
+
+def test_a_call_of_seconds_far_behind_is_timed_three_times(monkeypatch):
+    monkeypatch.setattr(timing, "LONG", 2.0)
+    calls = {"quick": lambda: None, "slow": lambda: time.sleep(0.003)}
+    times = measure(calls, CPU, 5)
+    assert (times["quick"].repeats, times["slow"].repeats) == (5, 3)
+    monkeypatch.setattr(timing, "LONG", 1000.0)
+    assert measure(calls, CPU, 5)["slow"].repeats == 5
