@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from sdp_kernels.cpu_engine.register_tile import (
     BFLOAT16,
     FLOAT32,
-    HAS_BFLOAT16,
     INT8,
     LANES,
     PIECES,

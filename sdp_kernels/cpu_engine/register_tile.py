@@ -17,7 +17,6 @@ once for many rows of blocks, so that the innermost loop is the same for all.
 # mypy: disable-error-code="import-untyped,import-not-found,misc"
 
 import functools
-from itertools import chain
 
 import llvmlite.binding
 import numba
