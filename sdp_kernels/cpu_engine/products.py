@@ -66,8 +66,8 @@ def compiled_product(
 
     These are multiplied as the reference of the op defines it, integer by integer.
     """
-    engine, packing = _compiled_modules()
-    pairs = input.dtype == values.dtype == torch.bfloat16 and packing.HAS_BFLOAT16
+    engine, packing, register_tile = _compiled_modules()
+    pairs = input.dtype == values.dtype == torch.bfloat16 and register_tile.HAS_BFLOAT16
     if scales is None and not pairs:
         values = values.float()
     threads = torch.get_num_threads()
@@ -89,11 +89,11 @@ def compiled_product(
 
 
 @functools.cache
-def _compiled_modules() -> tuple[Any, Any]:
+def _compiled_modules() -> tuple[Any, Any, Any]:
     """They need numba, and importing them takes a while."""
-    from sdp_kernels.cpu_engine import engine, packing
+    from sdp_kernels.cpu_engine import engine, packing, register_tile
 
-    return engine, packing
+    return engine, packing, register_tile
 
 
 def _in_parts(input: Tensor, output: Tensor, *, together: bool) -> Iterable[tuple[Tensor, Tensor]]:
