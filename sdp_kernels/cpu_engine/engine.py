@@ -15,7 +15,7 @@ import numpy as np
 from numba import prange
 from numba.extending import overload
 
-from sdp_kernels.cpu_engine.packing import Packed
+from sdp_kernels.cpu_engine.packing import WORDS, Packed
 from sdp_kernels.cpu_engine.register_tile import (
     INT8,
     KINDS,
@@ -38,8 +38,8 @@ from sdp_kernels.cpu_engine.token import quantize_token
 ITEMS_PER_THREAD = 8  # so that no thread waits long for another
 TILES_BYTES = 2**20  # of the tiles that the rows of blocks pass by together: what they read of weights is read once
 MOST_TILES = 32
-NOTHING = np.zeros(0, np.float32)
 WEIGHTS_BYTES = 2**14  # of the weights that all of these tiles meet before the next: they stay in the first cache
+NOTHING = np.zeros(0, np.float32)  # in place of a bias, or of scales
 
 
 @compiled()
@@ -72,14 +72,14 @@ def _(packed, input, count, tiles, gathers, bytes, terms):
             _fill_tile(input[start:], min(TILE, count - start), tiles[start // TILE])
 
     def quantized(packed, input, count, tiles, gathers, bytes, terms):
-        rows = 1 if gathers else SPLITS
+        rows = 1 if gathers else SPLITS[INT8]
         for start in range(0, count, TILE):
             here, tile = min(TILE, count - start), tiles[start // TILE]
             for t in range(here):
                 quantize_token(input[start + t], bytes[t], terms[start + t])
             _fill_tile(bytes.view(np.float32), here, tile[::rows])
             if not gathers:
-                split_tokens(tile, len(tile) // SPLITS)
+                split_tokens(tile, len(tile) // rows)
 
     return quantized if KINDS[packed.dtype] == INT8 else copied
 
@@ -93,7 +93,7 @@ def _gather_words(packed, tile, features, gathered):
 def _(packed, tile, features, gathered):
     kind = KINDS[packed.dtype]
     pieces = PIECES[kind]
-    bits, rows = 32 // pieces, SPLITS if kind == INT8 else 1
+    bits, rows = 32 // pieces, SPLITS[kind]
 
     def nothing(packed, tile, features, gathered):
         pass
@@ -111,14 +111,14 @@ def _(packed, tile, features, gathered):
 
 @compiled()
 def _multiply_row(count, tiles, weights, height, columns, width, gathered, split, sums, rows, terms, output, edge):
-    """Some tokens times a row of blocks; `edge` is as wide as what is kept of them, and written where tiles end.
+    """Some tokens times a row of blocks; `edge` takes what would be written beyond the last token or feature.
 
     All tokens meet some of the blocks before any meets the next: the weights then stay in the first cache, and so does
     what a tile gives all features.
     """
     kind, gathers, kept = kind_of(weights), len(gathered) > 0, output.shape[1]
     pieces = PIECES[kind] if gathers else 1
-    blocks, splits = len(columns) // pieces, SPLITS if kind == INT8 else 1
+    blocks, splits = len(columns) // pieces, SPLITS[kind]
     together = max(1, WEIGHTS_BYTES // (4 * height * splits * width))
     rows[2] = 0
     sums[: -(-count // TILE)] = 0
@@ -131,21 +131,20 @@ def _multiply_row(count, tiles, weights, height, columns, width, gathered, split
             chosen, wide = np.zeros(1, np.int32), end - begin
         if kind == INT8:
             part_of_split = (end - begin) * width * splits * 2 * LANES
-            for first in range(0, height, 2 * LANES):
-                vectors = min(2, (height - first) // LANES)
-                target = split[first // (2 * LANES) * part_of_split :]
+            for pair in range(sums.shape[1]):
+                vectors, first = min(2, height // LANES - 2 * pair), pair * 2 * LANES
+                target = split[pair * part_of_split :]
                 add_up_bytes(vectors, here[first:], height, (end - begin) * width, rows[:, first:], target)
-            if SPLITS > 1:
+            if splits > 1:
                 here, line, part = split.view(weights.dtype), 2 * LANES, part_of_split
         for start in range(0, count, TILE):
             tile, number = tiles[start // TILE], min(TILE, count - start)
             if gathers:
                 _gather_words(weights, tile, features, gathered)
                 tile = gathered
-            for first in range(0, height, 2 * LANES):
-                unit, vectors = first // (2 * LANES), min(2, (height - first) // LANES)
-                total = sums[start // TILE, unit]
-                multiply_tile(tile, number, here[unit * part :], line, chosen, wide, total, vectors)
+            for pair in range(sums.shape[1]):
+                vectors = min(2, height // LANES - 2 * pair)
+                multiply_tile(tile, number, here[pair * part :], line, chosen, wide, sums[start // TILE, pair], vectors)
     for start in range(0, count, TILE):
         inside = count - start >= TILE and kept == height
         result = output[start:] if inside else edge
@@ -205,7 +204,7 @@ def _multiply_part(part, parts, input, packed, offsets, columns, gathered, split
     edge = np.empty((TILE, padded_height), np.float32)
     sums = np.empty((tiles.shape[0], -(-padded_height // (2 * LANES)), TILE, 2 * LANES), np.float32)
     terms = np.zeros((together + TILE, 2), np.float32)
-    words = tiles.shape[1] if len(gathered) else tiles.shape[1] // SPLITS
+    words = tiles.shape[1] if len(gathered) else tiles.shape[1] // SPLITS[kind]
     bytes = np.zeros((TILE_ROWS if kind == INT8 else 0, 4 * words), np.uint8)
     of_rows = np.zeros((3, padded_height), np.float32)  # bias, scales, room for sums of the weights
     if kind != INT8:
@@ -258,7 +257,7 @@ def multiply(packed: Packed, input, bias, scales, output, threads: int) -> None:
     threads = min(threads, numba.config.NUMBA_NUM_THREADS)
     lines = len(packed.offsets) - 1
     tiles = -(-len(input) // TILE)
-    splits = SPLITS if packed.values.dtype == np.int32 else 1
+    splits = SPLITS[WORDS.index(packed.values.dtype)]
     words = max(packed.words, 1) * (1 if packed.gathers else splits)
     together = max(1, min(MOST_TILES, tiles, TILES_BYTES // (words * TILE_ROWS * 4)))
     items = max(1, -(-tiles // together))

@@ -67,7 +67,7 @@ _FEATURES = _cpu_features()
 LANES, TILE = _vector_registers(_FEATURES)
 HAS_VNNI = LANES == 16 and "avx512vnni" in _FEATURES
 HAS_BFLOAT16 = LANES == 16 and "avx512bf16" in _FEATURES
-SPLITS = 1 if HAS_VNNI else 2  # words that four bytes are multiplied as: without VNNI two, of 16 bits each
+SPLITS = (1, 1, 1 if HAS_VNNI else 2)  # words that it is multiplied as: four bytes as two of 16 bits without VNNI
 KINDS = {types.float32: FLOAT32, types.uint32: BFLOAT16, types.int32: INT8}  # by the type of the words of a weight
 SMALL_TILE = TILE // 3
 TILE_ROWS = -(-TILE // LANES) * LANES  # so that whole squares can be transposed into a tile
@@ -137,7 +137,7 @@ def _product_function(module, kind, vectors, tokens):
 def _emit_product(builder, kind, vectors, tokens, tile, packed, height, columns, blocks, width, sums):
     number = INTEGERS if kind == INT8 else VECTOR
     multiply_add = {FLOAT32: multiply_floats, BFLOAT16: _multiply_bfloats, INT8: _multiply_bytes}[kind]
-    splits = SPLITS if kind == INT8 else 1
+    splits = SPLITS[kind]
     # LLVM turns these into registers.
     totals = [[cgutils.alloca_once(builder, number) for _ in range(vectors)] for _ in range(tokens)]
     places = [
@@ -283,7 +283,7 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows, split):
     """rows[2] += the sums of the INT8 weights of one or two vectors of output features, `words` of them in a row.
 
     Made anew in each product, beside many times as much work, so that they are those of the weights as they are now.
-    Where bytes are split, `split` gets the weights so: (words, SPLITS, two vectors), the second perhaps left out.
+    Where bytes are split, `split` gets the weights so: (words, splits, two vectors), the second perhaps left out.
     """
     signature = types.void(types.intp, packed, types.intp, types.intp, rows, split)
     chains = 4  # of additions that wait for each other
@@ -302,7 +302,7 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows, split):
                 def add(word, total, v=v):
                     place = vector_at(builder, packed.data, builder.mul(word, height), INDEX(v * LANES))
                     weights = builder.load(place, align=4)
-                    if SPLITS == 1:
+                    if SPLITS[INT8] == 1:
                         added = ir.Constant(INTEGERS, [0x01010101] * LANES), weights
                     else:
                         pieces = _split_bytes(builder, weights, signed=True)
@@ -329,14 +329,14 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows, split):
 
 @intrinsic
 def split_tokens(typing_context, tile, words):
-    """Split the bytes of the first `words` rows of a tile, each of which lies where SPLITS rows are free for it."""
+    """Split the bytes of the first `words` rows of a tile; each begins where the rows lie that it becomes."""
     signature = types.void(tile, types.intp)
 
     def generate(context, builder, signature, args):
         data = array_of(context, builder, signature, args, 0).data
-        if SPLITS > 1:
+        if SPLITS[INT8] > 1:
             with cgutils.for_range(builder, args[1]) as loop:
-                row = builder.mul(loop.index, INDEX(SPLITS * TILE_ROWS))
+                row = builder.mul(loop.index, INDEX(SPLITS[INT8] * TILE_ROWS))
                 for start in range(0, TILE_ROWS, LANES):
                     source = vector_at(builder, data, row, INDEX(start))
                     for i, piece in enumerate(_split_bytes(builder, builder.load(source, align=4), signed=False)):

@@ -67,18 +67,20 @@ def plan(
             than 3 repeats; an unknown precision, or int8 on a GPU; or the model is wrapped.
         TypeError: `sample_input` is no mapping, or the model no module.
     """
-    found = choose_forms(
-        model,
-        sample_input,
-        block_shapes=block_shapes,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        repeats=repeats,
-        precision=precision,
-    )
-    name, *_ = _candidate_names(model, target_modules, exclude_modules)
-    device = model.get_parameter(f"{name}.weight").device
+    check_bare(model)
+    if not isinstance(sample_input, Mapping):
+        raise TypeError(f"sample_input must be a mapping of model inputs, got {type(sample_input).__name__}")
+    if repeats < 3:
+        raise ValueError(f"repeats must be at least 3, got {repeats!r}")
+    if precision not in (None, INT8):
+        raise ValueError(f"precision must be '{INT8}' or None, got {precision!r}")
+    forms = forms_to_try(block_shapes, precision)
+    names = candidate_names(model, target_modules, exclude_modules)
+    device = model.get_parameter(f"{names[0]}.weight").device
+    if precision == INT8 and device.type != "cpu":
+        raise ValueError(f"precision 'int8' needs a CPU, the model is on {device}")
     inputs = on_device(sample_input, device)
+    found = choose_forms(model, inputs, names, forms, repeats)
     with evaluating(model), torch.inference_mode():
         calls: dict[str, Callable[[], Any]] = {DENSE: lambda: model(**inputs)}
         if found.choices:
@@ -90,40 +92,26 @@ def plan(
     return found.unconverted() if slower else found
 
 
-def choose_forms(
-    model: nn.Module,
-    sample_input: Mapping[str, Any],
-    *,
-    block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES,
-    target_modules: str | Sequence[str] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
-    repeats: int = 7,
-    precision: Literal["int8"] | None = None,
-) -> Plan:
-    """`plan`, but for the times of the whole model, which are 0: for who measures that with more."""
-    check_bare(model)
-    if not isinstance(sample_input, Mapping):
-        raise TypeError(f"sample_input must be a mapping of model inputs, got {type(sample_input).__name__}")
-    if repeats < 3:
-        raise ValueError(f"repeats must be at least 3, got {repeats!r}")
-    if precision not in (None, INT8):
-        raise ValueError(f"precision must be '{INT8}' or None, got {precision!r}")
+def forms_to_try(block_shapes: Sequence[tuple[int, int]], precision: str | None) -> list[Form]:
+    """What a layer may become besides dense, in int8 too if that is the precision."""
     forms = [Form(NARROW), *(Form.blocks(shape, "each of block_shapes") for shape in block_shapes)]
     if precision == INT8:
         forms += [replace(form, precision=INT8) for form in (Form(DENSE), *forms)]
-    names = _candidate_names(model, target_modules, exclude_modules)
+    return forms
+
+
+def choose_forms(
+    model: nn.Module, inputs: Mapping[str, Any], names: Sequence[str], forms: Sequence[Form], repeats: int
+) -> Plan:
+    """The plan of these layers, before the whole model is timed; `inputs` are on its device."""
     weight = model.get_parameter(f"{names[0]}.weight")
-    device = weight.device
-    if precision == INT8 and device.type != "cpu":
-        raise ValueError(f"precision 'int8' needs a CPU, the model is on {device}")
-    inputs = on_device(sample_input, device)
     with evaluating(model), torch.inference_mode():
         layers = _plan_layers(model, inputs, names, forms, repeats)
     return Plan(
         layers=layers,
-        device=device_name(device),
+        device=device_name(weight.device),
         dtype=str(weight.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        threads=torch.get_num_threads() if weight.device.type == "cpu" else None,
         torch=torch.__version__,
         dense=Times(0.0, 0.0, 0.0, 0),
         converted=None,
@@ -166,9 +154,10 @@ def apply(model: Model, plan: Plan) -> Model:
     return model
 
 
-def _candidate_names(
+def candidate_names(
     model: nn.Module, target_modules: str | Sequence[str] | None, exclude_modules: str | Sequence[str] | None
 ) -> list[str]:
+    """The plain linear layers that the options of `plan` choose."""
     if target_modules is None:
         eligible = dense_names(model)
         if not eligible:

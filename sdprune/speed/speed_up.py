@@ -24,7 +24,7 @@ from sdprune.masking.linears import is_linear, put_layer
 from sdprune.masking.select import matching
 from sdprune.speed.compare import FLOORS, Outputs, describe_move, largest_error, output_tensors
 from sdprune.speed.fuse import Fusions, agree, find_fusions, fuse, unread_between
-from sdprune.speed.plan import apply, choose_forms, on_device
+from sdprune.speed.plan import apply, candidate_names, choose_forms, forms_to_try, on_device
 from sdprune.speed.plan_record import Plan
 from sdprune.speed.timing import Times, measure
 
@@ -235,14 +235,8 @@ def _converted(
     if not names:
         return base, None
     # on a copy: what a model keeps of a pass of its own is of no use outside of torch.inference_mode
-    made = choose_forms(
-        sharing_copy(base),
-        inputs,
-        block_shapes=_leanest(base),
-        target_modules=names,
-        repeats=REPEATS,
-        precision="int8" if precision == "int8" else None,
-    )
+    forms = forms_to_try(_leanest(base), precision)
+    made = choose_forms(sharing_copy(base), inputs, candidate_names(base, names, None), forms, REPEATS)
     made = agree(made, base, inputs)
     return apply(sharing_copy(base), made), made
 
