@@ -68,6 +68,15 @@ def test_integers_are_those_of_the_definition(
     assert torch.equal(packed, got)
 
 
+@pytest.mark.parametrize("block_shape", [(16, 4), (32, 4), (32, 1), (48, 6), (16, 1040)])
+def test_rows_of_more_blocks_than_are_multiplied_together(path: str, block_shape: tuple[int, int]) -> None:
+    """The engine keeps the sums of integers from one part of a row of blocks to the next."""
+    input, matrix, bias = case(20, (100, 2090), block_shape)
+    quantized = matrix.quantize()
+    got = block_sparse_linear(input, quantized, bias)
+    assert torch.equal(got, block_sparse_linear_reference(input, quantized, bias))
+
+
 def test_sums_are_exact(path: str) -> None:
     """Scales of 1 leave the sums of integers themselves, at the ends of what they can be."""
     tokens, inputs = 6, 515
