@@ -43,7 +43,7 @@ NOTHING = np.zeros(0, np.float32)  # in place of a bias, or of scales
 
 
 @compiled()
-def _fill_tile(input, count, tile):
+def fill_tile(input, count, tile):
     """tile[k, t] = input[t, k] for `count` tokens."""
     tokens, in_features = input.shape
     squares = 0
@@ -69,7 +69,7 @@ def _fill_tiles(packed, input, count, tiles, gathers, bytes, terms):
 def _(packed, input, count, tiles, gathers, bytes, terms):
     def copied(packed, input, count, tiles, gathers, bytes, terms):
         for start in range(0, count, TILE):
-            _fill_tile(input[start:], min(TILE, count - start), tiles[start // TILE])
+            fill_tile(input[start:], min(TILE, count - start), tiles[start // TILE])
 
     def quantized(packed, input, count, tiles, gathers, bytes, terms):
         rows = 1 if gathers else SPLITS[INT8]
@@ -77,7 +77,7 @@ def _(packed, input, count, tiles, gathers, bytes, terms):
             here, tile = min(TILE, count - start), tiles[start // TILE]
             for t in range(here):
                 quantize_token(input[start + t], bytes[t], terms[start + t])
-            _fill_tile(bytes.view(np.float32), here, tile[::rows])
+            fill_tile(bytes.view(np.float32), here, tile[::rows])
             if not gathers:
                 split_tokens(tile, len(tile) // rows)
 

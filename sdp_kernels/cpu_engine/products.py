@@ -88,6 +88,18 @@ def compiled_product(
     return output
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Scaled dot-product attention by the compiled engine, see blocked_attention.py."""
+    return _compiled_attention()(query, key, value, mask, scale)
+
+
+@functools.cache
+def _compiled_attention() -> Callable[..., Tensor]:
+    from sdp_kernels.cpu_engine.blocked_attention import attention
+
+    return attention
+
+
 @functools.cache
 def _compiled_modules() -> tuple[Any, Any, Any]:
     """They need numba, and importing them takes a while."""

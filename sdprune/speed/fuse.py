@@ -48,14 +48,17 @@ class Fusions:
     Args:
         activations: each with the layers that it joins.
         stacks: names of the layers that share a product.
+        attention: whether the model attends on the compiled engine, in blocks that stay in the cache.
     """
 
     activations: tuple[FusedActivation, ...] = ()
     stacks: tuple[tuple[str, ...], ...] = ()
+    attention: bool = False
 
     def __str__(self) -> str:
         joined = sum(len(found.layers) for found in self.activations)
-        return f"{joined} activations joined, {sum(map(len, self.stacks))} layers in {len(self.stacks)} shared products"
+        shared = f"{sum(map(len, self.stacks))} layers in {len(self.stacks)} shared products"
+        return f"{joined} activations joined, {shared}{', attention in blocks' if self.attention else ''}"
 
 
 @dataclass

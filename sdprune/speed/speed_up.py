@@ -22,6 +22,7 @@ from sdprune.layers.pruned import PrunedLinear
 from sdprune.masking.bare import check_bare
 from sdprune.masking.linears import is_linear, put_layer
 from sdprune.masking.select import matching
+from sdprune.speed.attention import with_blocked_attention
 from sdprune.speed.compare import FLOORS, Outputs, describe_move, largest_error, output_tensors
 from sdprune.speed.fuse import Fusions, agree, find_fusions, fuse, unread_between
 from sdprune.speed.plan import apply, candidate_names, choose_forms, forms_to_try, on_device
@@ -123,17 +124,22 @@ def speed_up(
     del base  # dense where the model given may be sparse
     fused, fusions = _fused(converted, inputs, kept, expected, floor + 2 * error)
     models = {"given": given, "converted": converted, "fused": fused}
+    attending = _attending(fused, inputs, expected, floor + 2 * error)
+    if attending is not None:
+        models["attending"] = attending
     with torch.inference_mode():
         times = measure({name: partial(each, **inputs) for name, each in models.items()}, device, REPEATS)
     # what is computed in one step does less: only a clear loss speaks against it, and noise does not
     fastest = "converted" if times["fused"].p20 > times["converted"].p80 else "fused"
+    if attending is not None and times["attending"].median < times[fastest].median:
+        fastest, fusions = "attending", replace(fusions, attention=True)
     if times[fastest].median >= times["given"].median:
         fastest = "given"
     moved = describe_move(_outputs(models[fastest], inputs), expected)
     if made is not None:
         made = replace(made, dense=times["given"], converted=times["converted"] if made.choices else None)
         made = made.unconverted() if fastest == "given" else made
-    fusions = fusions if fastest == "fused" else Fusions()
+    fusions = fusions if fastest in ("fused", "attending") else Fusions()
     result: Any = _own_copy(models[fastest], model)
     result.sped_up = SpeedUp(precision, made, fusions, times["given"], times[fastest], moved)
     if fastest == "given":
@@ -286,6 +292,18 @@ def _fused(
             return fused, tried
         logger.warning("not computed in one step (%s): outputs differ by %.2g, %.2g is allowed", tried, error, allowed)
     return model, Fusions()
+
+
+def _attending(model: Model, inputs: Mapping[str, Any], expected: Outputs, allowed: float) -> Model | None:
+    """The model with its attention on the compiled engine, if it has one that leaves its outputs what they are."""
+    made = with_blocked_attention(model)
+    if made is None:
+        return None
+    error = largest_error(_outputs(made, inputs), expected)
+    if error <= allowed:
+        return made
+    logger.warning("attention stays torch's: outputs differ by %.2g, %.2g is allowed", error, allowed)
+    return None
 
 
 def _own_copy(made: Model, given: nn.Module) -> Model:
