@@ -25,6 +25,7 @@ from sdp_kernels.cpu_engine.register_tile import (
     TILE,
     TILE_ROWS,
     add_up_bytes,
+    expect_writes,
     finish_tile,
     kind_of,
     multiply_tile,
@@ -116,13 +117,12 @@ def _multiply_row(count, tiles, weights, height, columns, width, gathered, split
     All tokens meet some of the blocks before any meets the next: the weights then stay in the first cache, and so does
     what a tile gives all features.
     """
-    kind, gathers, kept = kind_of(weights), len(gathered) > 0, output.shape[1]
+    kind, gathers = kind_of(weights), len(gathered) > 0
     pieces = PIECES[kind] if gathers else 1
     blocks, splits = len(columns) // pieces, SPLITS[kind]
     together = max(1, WEIGHTS_BYTES // (4 * height * splits * width))
     rows[2] = 0
-    sums[: -(-count // TILE)] = 0
-    for begin in range(0, blocks, together):
+    for begin in range(0, max(blocks, 1), together):
         end = min(begin + together, blocks)
         here, line, part = weights[begin * width * height :], height, 2 * LANES
         chosen, wide = columns[begin * pieces : end * pieces], width
@@ -139,19 +139,31 @@ def _multiply_row(count, tiles, weights, height, columns, width, gathered, split
                 here, line, part = split.view(weights.dtype), 2 * LANES, part_of_split
         for start in range(0, count, TILE):
             tile, number = tiles[start // TILE], min(TILE, count - start)
+            totals = sums[start // TILE if blocks > together else 0]  # in the first cache where nothing comes between
             if gathers:
                 _gather_words(weights, tile, features, gathered)
                 tile = gathered
+            if begin == 0:
+                totals[:] = 0
+            if end == blocks:
+                expect_writes(output[start:], output.shape[1] if number == TILE else 0)
             for pair in range(sums.shape[1]):
                 vectors = min(2, height // LANES - 2 * pair)
-                multiply_tile(tile, number, here[pair * part :], line, chosen, wide, sums[start // TILE, pair], vectors)
-    for start in range(0, count, TILE):
-        inside = count - start >= TILE and kept == height
-        result = output[start:] if inside else edge
-        finish_tile(weights, sums[start // TILE], rows, terms[start:], result)
-        if not inside:
-            for t in range(min(TILE, count - start)):
-                output[start + t] = edge[t, :kept]
+                multiply_tile(tile, number, here[pair * part :], line, chosen, wide, totals[pair], vectors)
+            if end == blocks:
+                _finish(weights, totals, rows, terms[start:], output[start:], number, edge)
+
+
+@compiled()
+def _finish(weights, totals, rows, terms, output, number, edge):
+    """What the sums of a tile of some tokens come to."""
+    kept = output.shape[1]
+    inside = number == TILE and kept == rows.shape[1]
+    result = output if inside else edge
+    finish_tile(weights, totals, rows, terms, result)
+    if not inside:
+        for t in range(number):
+            output[t] = edge[t, :kept]
 
 
 @compiled(parallel=True)

@@ -31,6 +31,7 @@ FLOAT, INDEX = ir.FloatType(), ir.IntType(64)
 LANE, SHORT, BYTE = ir.IntType(32), ir.IntType(16), ir.IntType(8)
 FLOAT32, BFLOAT16, INT8 = range(3)  # what a word holds
 PIECES = (1, 2, 4)  # of them
+LINE = 16  # words of a line of the cache
 
 
 class _BFloat(ir.Type):
@@ -191,22 +192,59 @@ def finish_tile(typing_context, packed, sums, rows, terms, result):
         sums, rows, terms, result = (array_of(context, builder, signature, args, i) for i in range(1, 5))
         line, term_stride, stride = (_strides(builder, array)[0] for array in (rows, terms, result))
         vectors = builder.sdiv(cgutils.unpack_tuple(builder, rows.shape)[1], INDEX(LANES))
-        with cgutils.for_range(builder, INDEX(TILE)) as tokens:
-            term = builder.gep(terms.data, [builder.mul(term_stride, tokens.index)])
-            target = builder.gep(result.data, [builder.mul(stride, tokens.index)])
-            with cgutils.for_range(builder, vectors) as loop:
-                first = builder.mul(loop.index, INDEX(LANES))
-                pair, side = builder.sdiv(loop.index, INDEX(2)), builder.srem(loop.index, INDEX(2))
+
+        def finish(pair, count):
+            """One or two vectors of all tokens, beside what is of the features and stays in registers."""
+            first = builder.mul(pair, INDEX(2 * LANES))
+            of_rows = [
+                [
+                    builder.load(vector_at(builder, rows.data, builder.mul(line, INDEX(i)), first, INDEX(v * LANES)), align=4)
+                    for i in range(3 if kind == INT8 else 1)
+                ]
+                for v in range(count)
+            ]
+            with cgutils.for_range(builder, INDEX(TILE)) as tokens:
+                term = builder.gep(terms.data, [builder.mul(term_stride, tokens.index)])
+                target = builder.gep(result.data, [builder.mul(stride, tokens.index)])
                 row = builder.add(builder.mul(pair, INDEX(TILE)), tokens.index)
-                place = builder.add(builder.mul(row, INDEX(2 * LANES)), builder.mul(side, INDEX(LANES)))
-                total = builder.load(vector_at(builder, sums.data, place), align=4)
-                bias, *of_rows = (
-                    builder.load(vector_at(builder, rows.data, builder.mul(line, INDEX(i)), first), align=4)
-                    for i in range(3)
-                )
-                if kind == INT8:
-                    total = _scaled(builder, builder.bitcast(total, INTEGERS), term, *of_rows)
-                builder.store(builder.fadd(total, bias), vector_at(builder, target, first), align=4)
+                place = builder.mul(row, INDEX(2 * LANES))
+                for v in range(count):
+                    total = builder.load(vector_at(builder, sums.data, place, INDEX(v * LANES)), align=4)
+                    bias, *others = of_rows[v]
+                    if kind == INT8:
+                        total = _scaled(builder, builder.bitcast(total, INTEGERS), term, *others)
+                    spot = vector_at(builder, target, first, INDEX(v * LANES))
+                    builder.store(builder.fadd(total, bias), spot, align=4)
+
+        pairs = builder.sdiv(vectors, INDEX(2))
+        with cgutils.for_range(builder, pairs) as loop:
+            finish(loop.index, 2)
+        with builder.if_then(builder.icmp_signed("<", builder.mul(pairs, INDEX(2)), vectors)):
+            finish(pairs, 1)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def expect_writes(typing_context, result, height):
+    """Fetch what the first TILE rows of the result will be written to, `height` numbers of each.
+
+    They lie on as many pages, so that no CPU guesses the next, and waits for each while it is written.
+    """
+    signature = types.void(result, types.intp)
+
+    def generate(context, builder, signature, args):
+        result = array_of(context, builder, signature, args, 0)
+        stride = _strides(builder, result)[0]
+        fetch = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), LANE, LANE, LANE])
+        function = cgutils.get_or_insert_function(builder.module, fetch, "llvm.prefetch.p0")
+        with cgutils.for_range(builder, INDEX(TILE)) as tokens:
+            row = builder.gep(result.data, [builder.mul(stride, tokens.index)])
+            lines = builder.sdiv(args[1], INDEX(LINE))
+            with cgutils.for_range(builder, lines) as loop:
+                place = builder.gep(row, [builder.mul(loop.index, INDEX(LINE))])
+                builder.call(function, [builder.bitcast(place, BYTE.as_pointer()), LANE(1), LANE(3), LANE(1)])
         return context.get_dummy_value()
 
     return signature, generate

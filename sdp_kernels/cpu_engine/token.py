@@ -83,12 +83,14 @@ def _extremes(typing_context, token, whole, ends):
             builder.store(builder.select(higher, numbers, largest), found[1])
             builder.store(builder.select(further, bits, magnitude), found[2])
         for i, (sign, place) in enumerate(zip("<>>", found, strict=True)):
-            numbers = builder.load(place)
+            numbers, half = builder.load(place), LANES // 2
+            compare = builder.icmp_signed if i == 2 else builder.fcmp_ordered
+            while half:  # the further half of the lanes that are left against the nearer one
+                lanes = ir.Constant(INTEGERS, [(lane + half) % LANES for lane in range(LANES)])
+                other = builder.shuffle_vector(numbers, numbers, lanes)
+                numbers = builder.select(compare(sign, other, numbers), other, numbers)
+                half //= 2
             best = builder.extract_element(numbers, LANE(0))
-            for lane in range(1, LANES):
-                other = builder.extract_element(numbers, LANE(lane))
-                compare = builder.icmp_signed if i == 2 else builder.fcmp_ordered
-                best = builder.select(compare(sign, other, best), other, best)
             builder.store(builder.bitcast(best, VECTOR.element), builder.gep(ends.data, [INDEX(i)]))
         return context.get_dummy_value()
 
@@ -102,16 +104,16 @@ def _integers(typing_context, token, whole, inverse, zero, bytes):
 
     def generate(context, builder, signature, args):
         token, bytes = (array_of(context, builder, signature, args, i) for i in (0, 4))
-        inverse, zero = spread(builder, args[2]), spread(builder, args[3])
-        least, most = ir.Constant(VECTOR, None), ir.Constant(VECTOR, [255.0] * LANES)
+        inverse, zero = spread(builder, args[2]), spread(builder, builder.fptosi(args[3], LANE))
+        least, most = ir.Constant(INTEGERS, None), ir.Constant(INTEGERS, [255] * LANES)
         with cgutils.for_range(builder, builder.sdiv(args[1], INDEX(LANES))) as loop:
             here = builder.mul(loop.index, INDEX(LANES))
             numbers = builder.load(vector_at(builder, token.data, here), align=4)
             rounded = called(builder, f"llvm.rint.v{LANES}f32", VECTOR, builder.fmul(numbers, inverse))
-            integers = builder.fadd(rounded, zero)
-            integers = builder.select(builder.fcmp_ordered(">", integers, least), integers, least)
-            integers = builder.select(builder.fcmp_ordered("<", integers, most), integers, most)
-            small = builder.trunc(builder.fptosi(integers, INTEGERS), ir.VectorType(BYTE, LANES))
+            integers = builder.add(builder.fptosi(rounded, INTEGERS), zero)
+            integers = builder.select(builder.icmp_signed(">", integers, least), integers, least)
+            integers = builder.select(builder.icmp_signed("<", integers, most), integers, most)
+            small = builder.trunc(integers, ir.VectorType(BYTE, LANES))
             place = builder.gep(bytes.data, [here])
             builder.store(small, builder.bitcast(place, small.type.as_pointer()), align=1)
         return context.get_dummy_value()
