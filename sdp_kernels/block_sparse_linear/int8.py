@@ -50,6 +50,9 @@ def _product(
     lists: object = None,
 ) -> Tensor:
     if cpu_engine.is_compiled(torch.float32):
+        if not cpu_engine.is_compiled(input.dtype):  # the engine multiplies it in float32; the rest is torch's
+            output = _product(input.float(), values, scales, bias, walk, None, lists)
+            return ACTIVATIONS[activation](output).to(input.dtype)
         return cpu_engine.compiled_product(input, values, bias, walk, scales.shape[0], activation, scales, lists)
     availability.tell_int8_is_plain()
     integers, zeros, factors = quantize_tokens(input)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sdp_kernels.cpu_engine.column_tile import transpose
 from sdp_kernels.cpu_engine.engine import fill_tile
 from sdp_kernels.cpu_engine.register_tile import TILE, TILE_ROWS, multiply_tile
-from sdp_kernels.cpu_engine.softmax_tile import COLUMNS, divide, soften
+from sdp_kernels.cpu_engine.function_tile import COLUMNS, divide, soften
 from sdp_kernels.cpu_engine.threads import compiled, run_on_threads
 
 

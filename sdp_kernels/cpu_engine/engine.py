@@ -15,6 +15,7 @@ import numpy as np
 from numba import prange
 from numba.extending import overload
 
+from sdp_kernels.cpu_engine.function_tile import FUNCTIONS, activate
 from sdp_kernels.cpu_engine.packing import WORDS, Packed
 from sdp_kernels.cpu_engine.register_tile import (
     INT8,
@@ -111,7 +112,9 @@ def _(packed, tile, features, gathered):
 
 
 @compiled()
-def _multiply_row(count, tiles, weights, height, columns, width, gathered, split, sums, rows, terms, output, edge):
+def _multiply_row(
+    count, tiles, weights, height, columns, width, gathered, split, sums, rows, terms, output, edge, function
+):
     """Some tokens times a row of blocks; `edge` takes what would be written beyond the last token or feature.
 
     All tokens meet some of the blocks before any meets the next: the weights then stay in the first cache, and so does
@@ -151,24 +154,25 @@ def _multiply_row(count, tiles, weights, height, columns, width, gathered, split
                 vectors = min(2, height // LANES - 2 * pair)
                 multiply_tile(tile, number, here[pair * part :], line, chosen, wide, totals[pair], vectors)
             if end == blocks:
-                _finish(weights, totals, rows, terms[start:], output[start:], number, edge)
+                _finish(weights, totals, rows, terms[start:], output[start:], number, edge, function)
 
 
 @compiled()
-def _finish(weights, totals, rows, terms, output, number, edge):
-    """What the sums of a tile of some tokens come to."""
+def _finish(weights, totals, rows, terms, output, number, edge, function):
+    """What the sums of a tile of some tokens come to, activated."""
     kept = output.shape[1]
     inside = number == TILE and kept == rows.shape[1]
     result = output if inside else edge
     finish_tile(weights, totals, rows, terms, result)
+    activate(function, result, number, rows.shape[1])
     if not inside:
         for t in range(number):
             output[t] = edge[t, :kept]
 
 
 @compiled(parallel=True)
-def _multiply(input, packed, offsets, columns, gathered, split, bias, scales, output, height, bounds, tiles):
-    """output = input @ matrix + bias. An item of work is some tiles of tokens times the rows between two bounds.
+def _multiply(input, packed, offsets, columns, gathered, split, bias, scales, output, height, bounds, tiles, function):
+    """output = input @ matrix + bias, activated. An item of work is some tiles of tokens times the rows between two bounds.
 
     Args:
         input: (tokens, words), or for INT8 (tokens, in), float32.
@@ -184,6 +188,7 @@ def _multiply(input, packed, offsets, columns, gathered, split, bias, scales, ou
         height: rows of a block that count.
         bounds: (groups + 1,) rows of blocks.
         tiles: (parts, tiles, words that the blocks cover, TILE_ROWS); each part of the work copies tokens here.
+        function: place of the activation in FUNCTIONS.
     """
     parts = tiles.shape[0]
     for part in prange(parts):
@@ -201,11 +206,14 @@ def _multiply(input, packed, offsets, columns, gathered, split, bias, scales, ou
             height,
             bounds,
             tiles[part],
+            function,
         )
 
 
 @compiled()
-def _multiply_part(part, parts, input, packed, offsets, columns, gathered, split, rows, output, height, bounds, tiles):
+def _multiply_part(
+    part, parts, input, packed, offsets, columns, gathered, split, rows, output, height, bounds, tiles, function
+):
     kind = kind_of(packed)
     _, width, padded_height = packed.shape
     tokens, out_features = output.shape
@@ -252,11 +260,12 @@ def _multiply_part(part, parts, input, packed, offsets, columns, gathered, split
                 terms,
                 output[base:, feature : feature + kept],
                 edge,
+                function,
             )
 
 
-def multiply(packed: Packed, input, bias, scales, output, threads: int) -> None:
-    """Write input @ matrix + bias.
+def multiply(packed: Packed, input, bias, scales, output, threads: int, activation: str | None = None) -> None:
+    """Write input @ matrix + bias, activated.
 
     Args:
         packed: the matrix.
@@ -265,6 +274,7 @@ def multiply(packed: Packed, input, bias, scales, output, threads: int) -> None:
         scales: of an int8 matrix (out,) float32, otherwise `NOTHING`.
         output: (tokens, out) contiguous float32.
         threads: how many to run on; no more than numba was started with.
+        activation: one of FUNCTIONS.
     """
     threads = min(threads, numba.config.NUMBA_NUM_THREADS)
     lines = len(packed.offsets) - 1
@@ -276,13 +286,14 @@ def multiply(packed: Packed, input, bias, scales, output, threads: int) -> None:
     groups = 1 if threads == 1 else max(1, min(lines, ITEMS_PER_THREAD * threads // items))
     bounds = packed.bounds(groups)
     padded_height = packed.values.shape[2]
+    number = FUNCTIONS.index(activation)
     with lock:
         tiles = _room("tiles", threads, together, words, TILE_ROWS)
         gathered = _room("gathered", threads, packed.longest * splits if packed.gathers else 0, TILE_ROWS)
         of_row = packed.longest * packed.values.shape[1]
         split = _room("split", threads, of_row * splits * (padded_height + LANES) if splits > 1 else 0)
         matrix = input, packed.values, packed.offsets, packed.columns, gathered, split
-        run_on_threads(threads, _multiply, *matrix, bias, scales, output, packed.height, bounds, tiles)
+        run_on_threads(threads, _multiply, *matrix, bias, scales, output, packed.height, bounds, tiles, number)
 
 
 _rooms: dict[str, Any] = {}  # to be used under the lock

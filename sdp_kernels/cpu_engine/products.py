@@ -11,7 +11,7 @@ from sdp_kernels.cpu_engine.availability import is_compiled
 from sdp_kernels.cpu_engine.gathered import rows_product
 from sdp_kernels.masks import Walk
 
-CHUNK_ELEMENTS = 2**19  # of the output, converted or activated at a time: it stays in the cache
+CHUNK_ELEMENTS = 2**19  # of the output, converted at a time: it stays in the cache
 
 ACTIVATE_: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -77,12 +77,10 @@ def compiled_product(
 
     input = input.detach()
     output = input.new_empty(input.shape[0], out_features)
-    for part, result in _in_parts(input, output, together=input.dtype == torch.float32 and activation is None):
+    for part, result in _in_parts(input, output, together=input.dtype == torch.float32):
         wide = result if result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
         words = pairs_of(part) if pairs else part.float().contiguous()
-        engine.multiply(packed, words.numpy(), *rows, wide.numpy(), threads)
-        if activation is not None:
-            ACTIVATE_[activation](wide)
+        engine.multiply(packed, words.numpy(), *rows, wide.numpy(), threads, activation)
         if wide is not result:
             result.copy_(wide)
     return output
@@ -109,7 +107,7 @@ def _compiled_modules() -> tuple[Any, Any, Any]:
 
 
 def _in_parts(input: Tensor, output: Tensor, *, together: bool) -> Iterable[tuple[Tensor, Tensor]]:
-    """Tokens of both, in parts whose output stays in the cache until it is converted and activated."""
+    """Tokens of both, in parts whose output stays in the cache until it is converted."""
     if together or output.numel() <= CHUNK_ELEMENTS:
         return ((input, output),)
     tokens = max(1, CHUNK_ELEMENTS // output.shape[1])

@@ -1,4 +1,7 @@
-"""The softmax over rows of numbers, lane by lane: nothing has to be added up across the lanes of a vector."""
+"""Functions of numbers while they are in the first cache: activations behind a product, and the softmax of attention.
+
+The softmax runs along rows of vectors, lane by lane: nothing has to be added up across the lanes.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return,call-arg,attr-defined,misc"
 # mypy: disable-error-code="import-untyped,import-not-found"
@@ -26,7 +29,80 @@ from sdp_kernels.cpu_engine.register_tile import (
 COLUMNS = 2 * LANES  # that are softened together
 LEAST = -126.0  # 2 to the power of less is nothing
 # 2 to the power of x in [-1/2, 1/2], by its series: the next term is below a tenth of a rounding error
+FUNCTIONS = (None, "relu", "gelu", "gelu_tanh", "silu")  # by their numbers in compiled code
+# erf by Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26, to 1.5e-7, as torch has it in vectors too
+ERF, ERF_STEP = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429), 0.3275911
 SERIES = [math.log(2) ** power / math.factorial(power) for power in range(8)]
+
+
+@intrinsic
+def activate(typing_context, function, numbers, rows, columns):
+    """Apply an activation in place to some numbers, a number of whole vectors in each row.
+
+    Args:
+        function: its place in FUNCTIONS.
+        numbers: (rows or more, columns or more).
+        rows: how many.
+        columns: how many, vectors of them.
+    """
+    signature = types.void(types.intp, numbers, types.intp, types.intp)
+
+    def generate(context, builder, signature, args):
+        numbers = array_of(context, builder, signature, args, 1)
+        stride = builder.sdiv(cgutils.unpack_tuple(builder, numbers.strides)[0], INDEX(4))
+        for number, formula in enumerate((_relu, _gelu, _gelu_tanh, _silu), start=1):
+            with (
+                builder.if_then(builder.icmp_signed("==", args[0], INDEX(number))),
+                cgutils.for_range(builder, args[2]) as row,
+                cgutils.for_range(builder, builder.sdiv(args[3], INDEX(LANES))) as vector,
+            ):
+                first = builder.mul(stride, row.index)
+                place = vector_at(builder, numbers.data, first, builder.mul(vector.index, INDEX(LANES)))
+                builder.store(formula(builder, builder.load(place, align=4)), place, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _constant(value):
+    return ir.Constant(VECTOR, [value] * LANES)
+
+
+def _relu(builder, x):
+    return builder.select(builder.fcmp_ordered("<", x, _constant(0.0)), _constant(0.0), x)
+
+
+def _gelu(builder, x):
+    """x times half of what erf leaves to 1, or the rest of 1, by the sign."""
+    size = called(builder, f"llvm.fabs.v{LANES}f32", VECTOR, x)
+    step = multiply_floats(builder, _constant(1.0), size, _constant(ERF_STEP * math.sqrt(0.5)))
+    step = builder.fdiv(_constant(1.0), step)
+    terms = [_constant(term / 2) for term in reversed(ERF)]
+    total = functools.reduce(lambda total, term: multiply_floats(builder, term, total, step), terms)
+    square = builder.fmul(x, builder.fmul(x, _constant(-math.log2(math.e) / 2)))
+    half = builder.fmul(builder.fmul(total, step), _power_of_two(builder, square))
+    positive = builder.fcmp_ordered(">", x, _constant(0.0))
+    return builder.fmul(x, builder.select(positive, builder.fsub(_constant(1.0), half), half))
+
+
+def _gelu_tanh(builder, x):
+    """x times the sigmoid of twice what the tanh is taken of."""
+    cubed = multiply_floats(builder, _constant(1.0), builder.fmul(x, x), _constant(0.044715))
+    inner = builder.fmul(builder.fmul(x, cubed), _constant(math.sqrt(8 / math.pi)))
+    return builder.fmul(x, _sigmoid(builder, inner))
+
+
+def _silu(builder, x):
+    return builder.fmul(x, _sigmoid(builder, x))
+
+
+def _sigmoid(builder, x):
+    """By a power that cannot overflow, whatever the sign."""
+    size = called(builder, f"llvm.fabs.v{LANES}f32", VECTOR, x)
+    power = _power_of_two(builder, builder.fmul(size, _constant(-math.log2(math.e))))
+    negative = builder.fcmp_ordered("<", x, _constant(0.0))
+    above = builder.select(negative, power, _constant(1.0))
+    return builder.fdiv(above, builder.fadd(_constant(1.0), power))
 
 
 @intrinsic
