@@ -40,6 +40,7 @@ from sdp_kernels.cpu_engine.token import quantize_token
 ITEMS_PER_THREAD = 8  # so that no thread waits long for another
 TILES_BYTES = 2**20  # of the tiles that the rows of blocks pass by together: what they read of weights is read once
 MOST_TILES = 32
+TILES_PER_THREAD = 4  # or more, and each thread has tokens of its own
 WEIGHTS_BYTES = 2**14  # of the weights that all of these tiles meet before the next: they stay in the first cache
 NOTHING = np.zeros(0, np.float32)  # in place of a bias, or of scales
 
@@ -281,9 +282,8 @@ def multiply(packed: Packed, input, bias, scales, output, threads: int, activati
     tiles = -(-len(input) // TILE)
     splits = SPLITS[WORDS.index(packed.values.dtype)]
     words = max(packed.words, 1) * (1 if packed.gathers else splits)
-    together = max(1, min(MOST_TILES, tiles, TILES_BYTES // (words * TILE_ROWS * 4)))
-    items = max(1, -(-tiles // together))
-    groups = 1 if threads == 1 else max(1, min(lines, ITEMS_PER_THREAD * threads // items))
+    together, items = _shares(tiles, max(1, min(MOST_TILES, TILES_BYTES // (words * TILE_ROWS * 4))), threads)
+    groups = 1 if items % threads == 0 else max(1, min(lines, ITEMS_PER_THREAD * threads // items))
     bounds = packed.bounds(groups)
     padded_height = packed.values.shape[2]
     number = FUNCTIONS.index(activation)
@@ -294,6 +294,18 @@ def multiply(packed: Packed, input, bias, scales, output, threads: int, activati
         split = _room("split", threads, of_row * splits * (padded_height + LANES) if splits > 1 else 0)
         matrix = input, packed.values, packed.offsets, packed.columns, gathered, split
         run_on_threads(threads, _multiply, *matrix, bias, scales, output, packed.height, bounds, tiles, number)
+
+
+def _shares(tiles: int, most: int, threads: int) -> tuple[int, int]:
+    """(tiles that are multiplied together, how often): about as many each time, and as often by each thread.
+
+    Few tiles are multiplied by all threads, each with some of the rows of blocks, which then all convert the tokens.
+    """
+    times = max(1, -(-tiles // most))
+    if tiles >= TILES_PER_THREAD * threads:
+        times = -(-times // threads) * threads
+    together = max(1, -(-tiles // times))
+    return together, max(1, -(-tiles // together))
 
 
 _rooms: dict[str, Any] = {}  # to be used under the lock
