@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from sdp_kernels.cpu_engine.column_tile import transpose
 from sdp_kernels.cpu_engine.engine import fill_tile
-from sdp_kernels.cpu_engine.register_tile import TILE, TILE_ROWS, multiply_tile
 from sdp_kernels.cpu_engine.function_tile import COLUMNS, divide, soften
+from sdp_kernels.cpu_engine.register_tile import multiply_rest, multiply_tiles
 from sdp_kernels.cpu_engine.threads import compiled, run_on_threads
+from sdp_kernels.cpu_engine.vectors import TILE, TILE_ROWS
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -111,12 +112,14 @@ def _attend_part(part, parts, query, key, value, added, scale, output):
 @compiled()
 def _multiply(tiles, count, weights, sums):
     """sums[t] = the sum over k of tiles[.., k, t] * weights[k], for `count` tokens."""
-    sums[:] = 0
-    first = np.zeros(1, np.int32)
-    for i in range(len(tiles)):
-        start = i * TILE
-        flat, steps = weights.reshape(-1), len(weights)
-        multiply_tile(tiles[i], min(TILE, count - start), flat, COLUMNS, first, steps, sums[start:], 2)
+    first, nothing = np.zeros(1, np.int32), np.zeros((1, 1), np.float32)
+    flat, steps, whole = weights.reshape(-1), len(weights), count // TILE
+    totals = sums.reshape(len(tiles), TILE, COLUMNS)
+    at_ends = True, False, nothing
+    multiply_tiles(2, tiles[:whole], flat, COLUMNS, first, steps, totals[:whole], *at_ends, nothing, nothing, 0)
+    if count % TILE:
+        rest = tiles[whole:], count % TILE, flat, COLUMNS, first, steps, totals[whole:]
+        multiply_rest(2, *rest, *at_ends, nothing, nothing, 0)
 
 
 @compiled()

@@ -11,7 +11,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sdp_kernels.cpu_engine.register_tile import (
+from sdp_kernels.cpu_engine.threads import compiled
+from sdp_kernels.cpu_engine.vectors import (
     INDEX,
     LANES,
     SMALL_TILE,
@@ -23,7 +24,6 @@ from sdp_kernels.cpu_engine.register_tile import (
     transpose_square,
     vector_at,
 )
-from sdp_kernels.cpu_engine.threads import compiled
 
 
 def _rows_product(vectors: int, rows: int):

@@ -15,8 +15,8 @@ from numba import prange
 from sdp_kernels.cpu_engine.engine import NOTHING, multiply
 from sdp_kernels.cpu_engine.gradient import add_weight_gradient, row_of, write_input_gradient
 from sdp_kernels.cpu_engine.packing import Packed
-from sdp_kernels.cpu_engine.register_tile import LANES
 from sdp_kernels.cpu_engine.threads import compiled, run_on_threads
+from sdp_kernels.cpu_engine.vectors import LANES
 
 
 @compiled()

@@ -15,27 +15,23 @@ import numpy as np
 from numba import prange
 from numba.extending import overload
 
-from sdp_kernels.cpu_engine.function_tile import FUNCTIONS, activate
+from sdp_kernels.cpu_engine.function_tile import FUNCTIONS
 from sdp_kernels.cpu_engine.packing import WORDS, Packed
 from sdp_kernels.cpu_engine.register_tile import (
     INT8,
     KINDS,
-    LANES,
     PIECES,
     SPLITS,
-    TILE,
-    TILE_ROWS,
     add_up_bytes,
-    expect_writes,
-    finish_tile,
     kind_of,
-    multiply_tile,
+    multiply_rest,
+    multiply_tiles,
     put_piece,
     split_tokens,
-    transpose_square,
 )
 from sdp_kernels.cpu_engine.threads import compiled, lock, run_on_threads
 from sdp_kernels.cpu_engine.token import quantize_token
+from sdp_kernels.cpu_engine.vectors import LANES, TILE, TILE_ROWS, transpose_square
 
 ITEMS_PER_THREAD = 8  # so that no thread waits long for another
 TILES_BYTES = 2**20  # of the tiles that the rows of blocks pass by together: what they read of weights is read once
@@ -141,34 +137,52 @@ def _multiply_row(
                 add_up_bytes(vectors, here[first:], height, (end - begin) * width, rows[:, first:], target)
             if splits > 1:
                 here, line, part = split.view(weights.dtype), 2 * LANES, part_of_split
-        for start in range(0, count, TILE):
-            tile, number = tiles[start // TILE], min(TILE, count - start)
-            totals = sums[start // TILE if blocks > together else 0]  # in the first cache where nothing comes between
+        first, last = begin == 0, end == blocks
+        inside = not gathers and output.shape[1] == height
+        whole = count // TILE if inside else 0  # tiles whose results go where they belong at once
+        for pair in range(sums.shape[1]):
+            vectors, feature = min(2, height // LANES - 2 * pair), pair * 2 * LANES
+            if whole:
+                at_ends = first, last, rows[:, feature:]
+                multiply_tiles(
+                    vectors,
+                    tiles[:whole],
+                    here[pair * part :],
+                    line,
+                    chosen,
+                    wide,
+                    sums[:, pair],
+                    *at_ends,
+                    terms,
+                    output[:, feature:],
+                    function,
+                )
+        for tile in range(whole, -(-count // TILE)):
+            start = tile * TILE
+            number, source = min(TILE, count - start), tiles[tile : tile + 1]
             if gathers:
-                _gather_words(weights, tile, features, gathered)
-                tile = gathered
-            if begin == 0:
-                totals[:] = 0
-            if end == blocks:
-                expect_writes(output[start:], output.shape[1] if number == TILE else 0)
+                _gather_words(weights, tiles[tile], features, gathered)
+                source = gathered.reshape(1, gathered.shape[0], TILE_ROWS)
             for pair in range(sums.shape[1]):
-                vectors = min(2, height // LANES - 2 * pair)
-                multiply_tile(tile, number, here[pair * part :], line, chosen, wide, totals[pair], vectors)
-            if end == blocks:
-                _finish(weights, totals, rows, terms[start:], output[start:], number, edge, function)
-
-
-@compiled()
-def _finish(weights, totals, rows, terms, output, number, edge, function):
-    """What the sums of a tile of some tokens come to, activated."""
-    kept = output.shape[1]
-    inside = number == TILE and kept == rows.shape[1]
-    result = output if inside else edge
-    finish_tile(weights, totals, rows, terms, result)
-    activate(function, result, number, rows.shape[1])
-    if not inside:
-        for t in range(number):
-            output[t] = edge[t, :kept]
+                vectors, feature = min(2, height // LANES - 2 * pair), pair * 2 * LANES
+                at_ends = first, last, rows[:, feature:]
+                multiply_rest(
+                    vectors,
+                    source,
+                    number,
+                    here[pair * part :],
+                    line,
+                    chosen,
+                    wide,
+                    sums[tile : tile + 1, pair],
+                    *at_ends,
+                    terms[start:],
+                    edge[:, feature:],
+                    function,
+                )
+            if last:
+                for t in range(number):
+                    output[start + t] = edge[t, : output.shape[1]]
 
 
 @compiled(parallel=True)

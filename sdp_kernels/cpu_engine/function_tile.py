@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sdp_kernels.cpu_engine.register_tile import (
+from sdp_kernels.cpu_engine.vectors import (
     INDEX,
     INTEGERS,
     LANES,
@@ -35,33 +35,16 @@ ERF, ERF_STEP = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.0614054
 SERIES = [math.log(2) ** power / math.factorial(power) for power in range(8)]
 
 
-@intrinsic
-def activate(typing_context, function, numbers, rows, columns):
-    """Apply an activation in place to some numbers, a number of whole vectors in each row.
-
-    Args:
-        function: its place in FUNCTIONS.
-        numbers: (rows or more, columns or more).
-        rows: how many.
-        columns: how many, vectors of them.
-    """
-    signature = types.void(types.intp, numbers, types.intp, types.intp)
-
-    def generate(context, builder, signature, args):
-        numbers = array_of(context, builder, signature, args, 1)
-        stride = builder.sdiv(cgutils.unpack_tuple(builder, numbers.strides)[0], INDEX(4))
-        for number, formula in enumerate((_relu, _gelu, _gelu_tanh, _silu), start=1):
-            with (
-                builder.if_then(builder.icmp_signed("==", args[0], INDEX(number))),
-                cgutils.for_range(builder, args[2]) as row,
-                cgutils.for_range(builder, builder.sdiv(args[3], INDEX(LANES))) as vector,
-            ):
-                first = builder.mul(stride, row.index)
-                place = vector_at(builder, numbers.data, first, builder.mul(vector.index, INDEX(LANES)))
+def emit_activation(builder, function, numbers, stride, rows, vectors):
+    """Apply the activation of a number in FUNCTIONS in place to some rows of numbers, a few vectors of each."""
+    for number, formula in enumerate((_relu, _gelu, _gelu_tanh, _silu), start=1):
+        with (
+            builder.if_then(builder.icmp_signed("==", function, INDEX(number)), likely=False),
+            cgutils.for_range(builder, INDEX(rows)) as loop,
+        ):
+            for v in range(vectors):
+                place = vector_at(builder, numbers, builder.mul(stride, loop.index), INDEX(v * LANES))
                 builder.store(formula(builder, builder.load(place, align=4)), place, align=4)
-        return context.get_dummy_value()
-
-    return signature, generate
 
 
 def _constant(value):
@@ -134,9 +117,7 @@ def soften(typing_context, scores, scale, sums):
             most = builder.select(nothing, ir.Constant(VECTOR, None), most)
             with cgutils.for_range(builder, rows) as loop:
                 place = vector_at(builder, scores.data, builder.mul(loop.index, INDEX(COLUMNS)), INDEX(start))
-                power = _power_of_two(
-                    builder, builder.fmul(scale, builder.fsub(builder.load(place, align=4), most))
-                )
+                power = _power_of_two(builder, builder.fmul(scale, builder.fsub(builder.load(place, align=4), most)))
                 builder.store(power, place, align=4)
                 builder.store(builder.fadd(builder.load(total), power), total)
             builder.store(builder.load(total), vector_at(builder, sums.data, INDEX(start)), align=4)

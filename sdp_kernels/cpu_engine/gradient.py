@@ -12,8 +12,8 @@ import numpy as np
 from numba import prange
 
 from sdp_kernels.cpu_engine.column_tile import add_rows_product, transpose
-from sdp_kernels.cpu_engine.register_tile import LANES
 from sdp_kernels.cpu_engine.threads import compiled
+from sdp_kernels.cpu_engine.vectors import LANES
 
 TOKENS = 512  # copied at a time for the gradient of the weight
 FEW_TOKENS = 256  # multiplied at a time: what a register tile reads of them stays in the first cache

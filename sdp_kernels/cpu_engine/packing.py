@@ -22,8 +22,9 @@ from numba import prange
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdp_kernels.cpu_engine.register_tile import BFLOAT16, FLOAT32, INT8, LANES, PIECES, transpose_square
+from sdp_kernels.cpu_engine.register_tile import BFLOAT16, FLOAT32, INT8, PIECES
 from sdp_kernels.cpu_engine.threads import compiled, run_on_threads
+from sdp_kernels.cpu_engine.vectors import LANES, transpose_square
 from sdp_kernels.masks import Walk
 
 WORDS = (np.float32, np.uint32, np.int32)  # by what they hold

@@ -17,18 +17,38 @@ once for many rows of blocks, so that the innermost loop is the same for all.
 # mypy: disable-error-code="import-untyped,import-not-found,misc"
 
 import functools
+from typing import Any, NamedTuple
 
-import llvmlite.binding
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sdp_kernels.cpu_engine.function_tile import emit_activation
 from sdp_kernels.cpu_engine.threads import compiled
+from sdp_kernels.cpu_engine.vectors import (
+    BYTE,
+    FEATURES,
+    FLOAT,
+    INDEX,
+    INTEGERS,
+    LANE,
+    LANES,
+    SHORT,
+    SMALL_TILE,
+    TILE,
+    TILE_ROWS,
+    VECTOR,
+    array_of,
+    called,
+    multiply_floats,
+    spread,
+    strides,
+    vector_at,
+)
 
-FLOAT, INDEX = ir.FloatType(), ir.IntType(64)
-LANE, SHORT, BYTE = ir.IntType(32), ir.IntType(16), ir.IntType(8)
+BIT = ir.IntType(1)
+
 FLOAT32, BFLOAT16, INT8 = range(3)  # what a word holds
 PIECES = (1, 2, 4)  # of them
 LINE = 16  # words of a line of the cache
@@ -47,76 +67,81 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-def _cpu_features() -> set[str]:
-    """What the code may use: those of this CPU, or those that numba is told to compile for."""
-    told = numba.config.CPU_FEATURES
-    if told is not None:
-        return {feature[1:] for feature in told.split(",") if feature.startswith("+")}
-    return {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
-
-
-def _vector_registers(features: set[str]) -> tuple[int, int]:
-    """(floats in a vector register, tokens of a tile): two vectors a token, two weights and a factor must fit."""
-    if "avx512f" in features:
-        return 16, 12  # 32 registers
-    if "avx" in features:
-        return 8, 6  # 16 registers
-    return 4, 12  # 32 registers on ARM; whatever else there is, LLVM makes do with what it has
-
-
-_FEATURES = _cpu_features()
-LANES, TILE = _vector_registers(_FEATURES)
-HAS_VNNI = LANES == 16 and "avx512vnni" in _FEATURES
-HAS_BFLOAT16 = LANES == 16 and "avx512bf16" in _FEATURES
+HAS_VNNI = LANES == 16 and "avx512vnni" in FEATURES
+HAS_BFLOAT16 = LANES == 16 and "avx512bf16" in FEATURES
 SPLITS = (1, 1, 1 if HAS_VNNI else 2)  # words that it is multiplied as: four bytes as two of 16 bits without VNNI
 KINDS = {types.float32: FLOAT32, types.uint32: BFLOAT16, types.int32: INT8}  # by the type of the words of a weight
-SMALL_TILE = TILE // 3
-TILE_ROWS = -(-TILE // LANES) * LANES  # so that whole squares can be transposed into a tile
-VECTOR, INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(LANE, LANES)
 SHORTS, WIDE = ir.VectorType(SHORT, 2 * LANES), ir.VectorType(LANE, 2 * LANES)
 
 
-def array_of(context, builder, signature, args, position):
-    """The record of an array argument: data, strides, shape."""
-    return context.make_array(signature.args[position])(context, builder, args[position])
-
-
-def _strides(builder, array):
-    """Strides in floats."""
-    return [builder.sdiv(stride, INDEX(4)) for stride in cgutils.unpack_tuple(builder, array.strides)]
-
-
-def vector_at(builder, pointer, *offsets):
-    offset = functools.reduce(builder.add, offsets)
-    return builder.bitcast(builder.gep(pointer, [offset]), VECTOR.as_pointer())
-
-
 def _tile_product(tokens: int):
-    """The product of a few tokens with blocks next to each other, for one or two vectors of output features.
+    """The product of tiles of a few tokens with blocks next to each other, for one or two vectors of output features.
 
-    sums[t] += sum over the blocks, and words within, of tile[columns[block] * width + word, t] * packed[block, word],
+    What a token sums up to begins with 0 if this is the `first` product of these blocks' row, else with what `sums`
+    holds. To it is added, over the blocks and words within,
+
+        tiles[i, columns[block] * width + word, t] * packed[block, word],
+
     where `packed` is flat and begins with the first of the features; `height` is how many it has in all, and `width`
-    counts words. Rows of `sums` are two vectors long; for INT8 they hold integers.
+    counts words. If this is the `last` product, `result` gets what the sums come to, activated, by the kind of word:
+
+    * FLOAT32, BFLOAT16: sums + rows[0];
+    * INT8: (sums - terms[token, 0] * rows[2]) * (terms[token, 1] * rows[1]) + rows[0], where terms[token, 0] and
+      rows[2] are integers, and what is in the brackets on the left too.
+
+    Otherwise they go to `sums`, (tiles, tokens, two vectors); for INT8 as integers.
     """
 
     @intrinsic
-    def tile_product(typing_context, vectors, tile, packed, height, columns, width, sums):
-        signature = types.void(types.intp, tile, packed, types.intp, columns, types.intp, sums)
+    def tile_product(
+        typing_context, vectors, tiles, packed, height, columns, width, sums, first, last, rows, terms, result, function
+    ):
+        index, flag = types.intp, types.boolean
+        lead = (index, tiles, packed, index, columns, index)
+        signature = types.void(*lead, sums, flag, flag, rows, terms, result, index)
         kind = KINDS[packed.dtype]
 
         def generate(context, builder, signature, args):
-            tile, packed, columns, sums = (array_of(context, builder, signature, args, i) for i in (1, 2, 4, 6))
-            (blocks,) = cgutils.unpack_tuple(builder, columns.shape)
-            weights = builder.bitcast(packed.data, FLOAT.as_pointer())
-            given = [tile.data, weights, args[3], columns.data, blocks, args[5], sums.data]
+            places = (1, 2, 4, 6, 9, 10, 11)
+            tiles, packed, columns, sums, rows, terms, result = (
+                array_of(context, builder, signature, args, i) for i in places
+            )
+            given = [tiles.data, strides(builder, tiles)[0], cgutils.unpack_tuple(builder, tiles.shape)[0]]
+            given += [builder.bitcast(packed.data, FLOAT.as_pointer()), args[3], columns.data]
+            given += [cgutils.unpack_tuple(builder, columns.shape)[0], args[5], sums.data, strides(builder, sums)[0]]
+            given += [builder.trunc(flag, BIT) for flag in args[7:9]]
+            given += [rows.data, strides(builder, rows)[0], terms.data, result.data, strides(builder, result)[0]]
             for count in (1, 2):
                 with builder.if_then(builder.icmp_signed("==", args[0], INDEX(count))):
-                    builder.call(_product_function(builder.module, kind, count, tokens), given)
+                    builder.call(_product_function(builder.module, kind, count, tokens), [*given, args[12]])
             return context.get_dummy_value()
 
         return signature, generate
 
     return tile_product
+
+
+class _Arguments(NamedTuple):
+    """Those of the code of a product: places in memory, with how far it is to the next in words."""
+
+    tiles: Any
+    tile_stride: Any
+    count: Any
+    packed: Any
+    height: Any
+    columns: Any
+    blocks: Any
+    width: Any
+    sums: Any
+    sums_stride: Any
+    first: Any
+    last: Any
+    rows: Any
+    row_stride: Any
+    terms: Any
+    result: Any
+    result_stride: Any
+    function: Any
 
 
 def _product_function(module, kind, vectors, tokens):
@@ -125,145 +150,105 @@ def _product_function(module, kind, vectors, tokens):
     if name in module.globals:
         return module.globals[name]
     floats, lists = FLOAT.as_pointer(), LANE.as_pointer()
-    arguments = [floats, floats, INDEX, lists, INDEX, INDEX, floats]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+    kinds = _Arguments(
+        *(floats, INDEX, INDEX, floats, INDEX, lists, INDEX, INDEX, floats, INDEX, BIT, BIT),
+        *(floats, INDEX, floats, floats, INDEX, INDEX),
+    )
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block())
-    _emit_product(builder, kind, vectors, tokens, *function.args)
+    given = _Arguments(*function.args)
+    with cgutils.for_range(builder, given.count) as loop:
+        _emit_tile(builder, kind, vectors, tokens, given, loop.index)
     builder.ret_void()
     return function
 
 
-def _emit_product(builder, kind, vectors, tokens, tile, packed, height, columns, blocks, width, sums):
-    number = INTEGERS if kind == INT8 else VECTOR
+def _emit_tile(builder, kind, vectors, tokens, given, number):
+    """The product of one tile."""
+    grid = [(t, v) for t in range(tokens) for v in range(vectors)]
+    word = INTEGERS if kind == INT8 else VECTOR
+    totals = {spot: cgutils.alloca_once(builder, word) for spot in grid}  # LLVM turns these into registers
+    sums = builder.gep(given.sums, [builder.mul(number, given.sums_stride)])
+    token = builder.mul(number, INDEX(tokens))
+    result = builder.gep(given.result, [builder.mul(token, given.result_stride)])
+    places = {
+        (t, v): builder.bitcast(vector_at(builder, sums, INDEX((2 * t + v) * LANES)), word.as_pointer())
+        for t, v in grid
+    }
+    with builder.if_else(given.first) as (begins, goes_on):
+        with begins:
+            for spot in grid:
+                builder.store(ir.Constant(word, None), totals[spot])
+        with goes_on:
+            for spot in grid:
+                builder.store(builder.load(places[spot], align=4), totals[spot])
+    with builder.if_then(given.last):
+        # They lie on as many pages, so that no CPU guesses the next, and waits for each while it is written.
+        for t in range(tokens):
+            _expect_write(builder, builder.gep(result, [builder.mul(given.result_stride, INDEX(t))]), vectors)
+
+    tile = builder.gep(given.tiles, [builder.mul(number, given.tile_stride)])
+    _emit_sums(builder, kind, vectors, tokens, given, tile, totals)
+
+    with builder.if_else(given.last) as (ends, is_kept):
+        with is_kept:
+            for spot in grid:
+                builder.store(builder.load(totals[spot]), places[spot], align=4)
+        with ends:
+            _emit_result(builder, kind, vectors, tokens, given, token, totals, result)
+
+
+def _emit_sums(builder, kind, vectors, tokens, given, tile, totals):
+    """Add the products of one tile with all blocks."""
     multiply_add = {FLOAT32: multiply_floats, BFLOAT16: _multiply_bfloats, INT8: _multiply_bytes}[kind]
     splits = SPLITS[kind]
-    # LLVM turns these into registers.
-    totals = [[cgutils.alloca_once(builder, number) for _ in range(vectors)] for _ in range(tokens)]
-    places = [
-        [
-            builder.bitcast(vector_at(builder, sums, INDEX((2 * t + v) * LANES)), number.as_pointer())
-            for v in range(vectors)
-        ]
-        for t in range(tokens)
-    ]
-    for t in range(tokens):
-        for v in range(vectors):
-            builder.store(builder.load(places[t][v], align=4), totals[t][v])
-
-    with cgutils.for_range(builder, blocks) as block_loop:
-        column = builder.sext(builder.load(builder.gep(columns, [block_loop.index])), INDEX)
-        corner = builder.gep(tile, [builder.mul(column, builder.mul(width, INDEX(splits * TILE_ROWS)))])
-        begin = builder.mul(block_loop.index, builder.mul(width, height))
-        with cgutils.for_range(builder, width) as loop:
+    with cgutils.for_range(builder, given.blocks) as block_loop:
+        column = builder.sext(builder.load(builder.gep(given.columns, [block_loop.index])), INDEX)
+        corner = builder.gep(tile, [builder.mul(column, builder.mul(given.width, INDEX(splits * TILE_ROWS)))])
+        begin = builder.mul(block_loop.index, builder.mul(given.width, given.height))
+        with cgutils.for_range(builder, given.width) as loop:
             for split in range(splits):
                 row = builder.add(builder.mul(loop.index, INDEX(splits)), INDEX(split))
-                here = builder.add(builder.mul(begin, INDEX(splits)), builder.mul(row, height))
+                here = builder.add(builder.mul(begin, INDEX(splits)), builder.mul(row, given.height))
                 weights = [
-                    builder.load(vector_at(builder, packed, here, INDEX(v * LANES)), align=4) for v in range(vectors)
+                    builder.load(vector_at(builder, given.packed, here, INDEX(v * LANES)), align=4)
+                    for v in range(vectors)
                 ]
                 factors = builder.gep(corner, [builder.mul(row, INDEX(TILE_ROWS))])
                 for t in range(tokens):
                     factor = spread(builder, builder.load(builder.gep(factors, [INDEX(t)])))
                     for v in range(vectors):
-                        total = multiply_add(builder, builder.load(totals[t][v]), factor, weights[v])
-                        builder.store(total, totals[t][v])
-
-    for t in range(tokens):
-        for v in range(vectors):
-            builder.store(builder.load(totals[t][v]), places[t][v], align=4)
+                        total = multiply_add(builder, builder.load(totals[t, v]), factor, weights[v])
+                        builder.store(total, totals[t, v])
 
 
-@intrinsic
-def finish_tile(typing_context, packed, sums, rows, terms, result):
-    """What the sums of a tile come to, for all output features of a row of blocks, by the kind of word.
-
-    * FLOAT32, BFLOAT16: result[t] = sums[t] + rows[0];
-    * INT8: result[t] = (sums[t] - terms[t, 0] * rows[2]) * (terms[t, 1] * rows[1]) + rows[0], where terms[t, 0] and
-      rows[2] are integers, and what is in the brackets on the left too.
-
-    `sums` is (pairs of vectors, TILE, 2 * LANES).
-    """
-    signature = types.void(packed, sums, rows, terms, result)
-    kind = KINDS[packed.dtype]
-
-    def generate(context, builder, signature, args):
-        sums, rows, terms, result = (array_of(context, builder, signature, args, i) for i in range(1, 5))
-        line, term_stride, stride = (_strides(builder, array)[0] for array in (rows, terms, result))
-        vectors = builder.sdiv(cgutils.unpack_tuple(builder, rows.shape)[1], INDEX(LANES))
-
-        def finish(pair, count):
-            """One or two vectors of all tokens, beside what is of the features and stays in registers."""
-            first = builder.mul(pair, INDEX(2 * LANES))
-            of_rows = [
-                [
-                    builder.load(vector_at(builder, rows.data, builder.mul(line, INDEX(i)), first, INDEX(v * LANES)), align=4)
-                    for i in range(3 if kind == INT8 else 1)
-                ]
-                for v in range(count)
-            ]
-            with cgutils.for_range(builder, INDEX(TILE)) as tokens:
-                term = builder.gep(terms.data, [builder.mul(term_stride, tokens.index)])
-                target = builder.gep(result.data, [builder.mul(stride, tokens.index)])
-                row = builder.add(builder.mul(pair, INDEX(TILE)), tokens.index)
-                place = builder.mul(row, INDEX(2 * LANES))
-                for v in range(count):
-                    total = builder.load(vector_at(builder, sums.data, place, INDEX(v * LANES)), align=4)
-                    bias, *others = of_rows[v]
-                    if kind == INT8:
-                        total = _scaled(builder, builder.bitcast(total, INTEGERS), term, *others)
-                    spot = vector_at(builder, target, first, INDEX(v * LANES))
-                    builder.store(builder.fadd(total, bias), spot, align=4)
-
-        pairs = builder.sdiv(vectors, INDEX(2))
-        with cgutils.for_range(builder, pairs) as loop:
-            finish(loop.index, 2)
-        with builder.if_then(builder.icmp_signed("<", builder.mul(pairs, INDEX(2)), vectors)):
-            finish(pairs, 1)
-        return context.get_dummy_value()
-
-    return signature, generate
+def _emit_result(builder, kind, vectors, tokens, given, token, totals, result):
+    """Write what the sums of one tile come to."""
+    for v in range(vectors):
+        bias, *of_rows = (
+            builder.load(
+                vector_at(builder, given.rows, builder.mul(given.row_stride, INDEX(i)), INDEX(v * LANES)), align=4
+            )
+            for i in range(3 if kind == INT8 else 1)
+        )
+        for t in range(tokens):
+            total = builder.load(totals[t, v])
+            if kind == INT8:
+                term = builder.gep(given.terms, [builder.mul(builder.add(token, INDEX(t)), INDEX(2))])
+                total = _scaled(builder, total, term, *of_rows)
+            place = vector_at(builder, result, builder.mul(given.result_stride, INDEX(t)), INDEX(v * LANES))
+            builder.store(builder.fadd(total, bias), place, align=4)
+    emit_activation(builder, given.function, result, given.result_stride, tokens, vectors)
 
 
-@intrinsic
-def expect_writes(typing_context, result, height):
-    """Fetch what the first TILE rows of the result will be written to, `height` numbers of each.
-
-    They lie on as many pages, so that no CPU guesses the next, and waits for each while it is written.
-    """
-    signature = types.void(result, types.intp)
-
-    def generate(context, builder, signature, args):
-        result = array_of(context, builder, signature, args, 0)
-        stride = _strides(builder, result)[0]
-        fetch = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), LANE, LANE, LANE])
-        function = cgutils.get_or_insert_function(builder.module, fetch, "llvm.prefetch.p0")
-        with cgutils.for_range(builder, INDEX(TILE)) as tokens:
-            row = builder.gep(result.data, [builder.mul(stride, tokens.index)])
-            lines = builder.sdiv(args[1], INDEX(LINE))
-            with cgutils.for_range(builder, lines) as loop:
-                place = builder.gep(row, [builder.mul(loop.index, INDEX(LINE))])
-                builder.call(function, [builder.bitcast(place, BYTE.as_pointer()), LANE(1), LANE(3), LANE(1)])
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-def spread(builder, value):
-    """A number in every lane."""
-    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    one = builder.insert_element(undefined, value, LANE(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(INTEGERS, None))
-
-
-def called(builder, name, returned, *args):
-    function_type = ir.FunctionType(returned, [arg.type for arg in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
-
-
-def multiply_floats(builder, total, factor, weights):
-    return called(builder, f"llvm.fma.v{LANES}f32", VECTOR, factor, weights, total)
+def _expect_write(builder, place, vectors):
+    fetch = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), LANE, LANE, LANE])
+    function = cgutils.get_or_insert_function(builder.module, fetch, "llvm.prefetch.p0")
+    for start in range(0, vectors * LANES, LINE):
+        line = builder.bitcast(builder.gep(place, [INDEX(start)]), BYTE.as_pointer())
+        builder.call(function, [line, LANE(1), LANE(3), LANE(1)])
 
 
 def _multiply_bfloats(builder, total, factor, weights):
@@ -329,7 +314,7 @@ def add_up_bytes(typing_context, vectors, packed, height, words, rows, split):
     def generate(context, builder, signature, args):
         count, height, words = args[0], args[2], args[3]
         packed, rows, split = (array_of(context, builder, signature, args, i) for i in (1, 4, 5))
-        line = builder.mul(_strides(builder, rows)[0], INDEX(2))
+        line = builder.mul(strides(builder, rows)[0], INDEX(2))
         step = INDEX(2 * LANES)
         for v in range(2):
             with builder.if_then(builder.icmp_signed("<", INDEX(v), count)):
@@ -413,44 +398,21 @@ def put_piece(typing_context, source, bits, taken, put, target):
     return signature, generate
 
 
-@intrinsic
-def transpose_square(typing_context, source, target):
-    """target[j, i] = source[i, j] for LANES x LANES numbers, by swapping ever larger sub-squares in registers."""
-    signature = types.void(source, target)
-
-    def generate(context, builder, signature, args):
-        source, target = (array_of(context, builder, signature, args, i) for i in range(2))
-        source_stride, target_stride = (_strides(builder, array)[0] for array in (source, target))
-
-        def place(array, stride, row):
-            return vector_at(builder, array.data, builder.mul(stride, INDEX(row)))
-
-        rows = [builder.load(place(source, source_stride, i), align=4) for i in range(LANES)]
-        step = 1
-        while step < LANES:
-            low = [lane + LANES - step if lane & step else lane for lane in range(LANES)]
-            high = [lane + LANES if lane & step else lane + step for lane in range(LANES)]
-            masks = [ir.Constant(ir.VectorType(LANE, LANES), lanes) for lanes in (low, high)]
-            for i in range(LANES):
-                if not i & step:
-                    pair = rows[i], rows[i + step]
-                    rows[i], rows[i + step] = (builder.shuffle_vector(*pair, mask) for mask in masks)
-            step *= 2
-        for i in range(LANES):
-            builder.store(rows[i], place(target, target_stride, i), align=4)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-_product, _small_product = _tile_product(TILE), _tile_product(SMALL_TILE)
+multiply_tiles, _small_product = _tile_product(TILE), _tile_product(SMALL_TILE)
 
 
 @compiled()
-def multiply_tile(tile, count, packed, height, columns, width, sums, vectors):
-    """`_tile_product` for the first `count` tokens of a tile, in small steps if it is far from full."""
+def multiply_rest(
+    vectors, tiles, count, packed, height, columns, width, sums, first, last, rows, terms, result, function
+):
+    """`_tile_product` of one tile for its first `count` tokens, in small steps if it is far from full.
+
+    `tiles` and `sums` hold that tile alone; all rows of the result, as many as a tile has tokens, may be written.
+    """
+    at_ends = first, last, rows
     if count > TILE - SMALL_TILE:
-        _product(vectors, tile, packed, height, columns, width, sums)
+        multiply_tiles(vectors, tiles, packed, height, columns, width, sums, *at_ends, terms, result, function)
         return
     for t in range(0, count, SMALL_TILE):
-        _small_product(vectors, tile[:, t:], packed, height, columns, width, sums[t:])
+        tile, total = tiles[:, :, t:], sums[:, t:]
+        _small_product(vectors, tile, packed, height, columns, width, total, *at_ends, terms[t:], result[t:], function)

@@ -9,7 +9,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sdp_kernels.cpu_engine.register_tile import (
+from sdp_kernels.cpu_engine.threads import compiled
+from sdp_kernels.cpu_engine.vectors import (
     BYTE,
     INDEX,
     INTEGERS,
@@ -21,7 +22,6 @@ from sdp_kernels.cpu_engine.register_tile import (
     spread,
     vector_at,
 )
-from sdp_kernels.cpu_engine.threads import compiled
 
 SMALLEST_SPAN = np.float32(2.0**-100)  # as in the definition
 INFINITE = np.int32(0x7F800000)  # the bits of infinity; those of NaN, without the sign, are above
