@@ -132,31 +132,19 @@ def _multiply_row(
         if kind == INT8:
             part_of_split = (end - begin) * width * splits * 2 * LANES
             for pair in range(sums.shape[1]):
-                vectors, first = min(2, height // LANES - 2 * pair), pair * 2 * LANES
+                vectors, feature = min(2, height // LANES - 2 * pair), pair * 2 * LANES
                 target = split[pair * part_of_split :]
-                add_up_bytes(vectors, here[first:], height, (end - begin) * width, rows[:, first:], target)
+                add_up_bytes(vectors, here[feature:], height, (end - begin) * width, rows[:, feature:], target)
             if splits > 1:
                 here, line, part = split.view(weights.dtype), 2 * LANES, part_of_split
-        first, last = begin == 0, end == blocks
+        ends = begin == 0, end == blocks
         inside = not gathers and output.shape[1] == height
         whole = count // TILE if inside else 0  # tiles whose results go where they belong at once
         for pair in range(sums.shape[1]):
             vectors, feature = min(2, height // LANES - 2 * pair), pair * 2 * LANES
-            if whole:
-                at_ends = first, last, rows[:, feature:]
-                multiply_tiles(
-                    vectors,
-                    tiles[:whole],
-                    here[pair * part :],
-                    line,
-                    chosen,
-                    wide,
-                    sums[:, pair],
-                    *at_ends,
-                    terms,
-                    output[:, feature:],
-                    function,
-                )
+            matrix, of_rows = (here[pair * part :], line, chosen, wide), rows[:, feature:]
+            result = terms, output[:, feature:], function
+            multiply_tiles(vectors, tiles[:whole], *matrix, sums[:, pair], *ends, of_rows, *result)
         for tile in range(whole, -(-count // TILE)):
             start = tile * TILE
             number, source = min(TILE, count - start), tiles[tile : tile + 1]
@@ -165,29 +153,19 @@ def _multiply_row(
                 source = gathered.reshape(1, gathered.shape[0], TILE_ROWS)
             for pair in range(sums.shape[1]):
                 vectors, feature = min(2, height // LANES - 2 * pair), pair * 2 * LANES
-                at_ends = first, last, rows[:, feature:]
-                multiply_rest(
-                    vectors,
-                    source,
-                    number,
-                    here[pair * part :],
-                    line,
-                    chosen,
-                    wide,
-                    sums[tile : tile + 1, pair],
-                    *at_ends,
-                    terms[start:],
-                    edge[:, feature:],
-                    function,
-                )
-            if last:
+                matrix, of_rows = (here[pair * part :], line, chosen, wide), rows[:, feature:]
+                totals, result = sums[tile : tile + 1, pair], (terms[start:], edge[:, feature:], function)
+                multiply_rest(vectors, source, number, *matrix, totals, *ends, of_rows, *result)
+            if end == blocks:
                 for t in range(number):
                     output[start + t] = edge[t, : output.shape[1]]
 
 
 @compiled(parallel=True)
 def _multiply(input, packed, offsets, columns, gathered, split, bias, scales, output, height, bounds, tiles, function):
-    """output = input @ matrix + bias, activated. An item of work is some tiles of tokens times the rows between two bounds.
+    """output = input @ matrix + bias, activated.
+
+    An item of work is some tiles of tokens times the rows between two bounds.
 
     Args:
         input: (tokens, words), or for INT8 (tokens, in), float32.

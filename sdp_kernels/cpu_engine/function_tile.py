@@ -92,12 +92,8 @@ def _sigmoid(builder, x):
 def soften(typing_context, scores, scale, sums):
     """scores[k] = 2 to the power of scale * (scores[k] - the largest of the column), and sums = what these add up to.
 
-    A column of which every score is minus infinity comes to 0, and its sum is 0.
-
-    Args:
-        scores: (rows, COLUMNS) contiguous, at least one row.
-        scale: above 0.
-        sums: (COLUMNS,).
+    A column of which every score is minus infinity comes to 0, and its sum is 0. `scores` is (rows, COLUMNS) contiguous
+    with at least one row, `scale` above 0, `sums` (COLUMNS,).
     """
     signature = types.void(scores, types.float32, sums)
 
@@ -128,12 +124,7 @@ def soften(typing_context, scores, scale, sums):
 
 @intrinsic
 def divide(typing_context, numbers, sums):
-    """numbers[k] /= sums, column by column; what is divided by 0 comes to 0.
-
-    Args:
-        numbers: (rows, COLUMNS) contiguous.
-        sums: (COLUMNS,).
-    """
+    """numbers[k] /= sums, column by column; what is divided by 0 comes to 0. `numbers` is (rows, COLUMNS)."""
     signature = types.void(numbers, sums)
 
     def generate(context, builder, signature, args):

@@ -1,4 +1,4 @@
-"""Vectors of the CPU in the code that is given to LLVM: how long they are, where they lie, and what is done with them."""
+"""Vectors of the CPU in the code that is given to LLVM: how long they are, where they lie, what is done with them."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,no-any-return,call-arg,attr-defined"
 # mypy: disable-error-code="import-untyped,import-not-found,misc"

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -245,7 +246,7 @@ assert register_tile.LANES == int(sys.argv[1]) and not register_tile.HAS_VNNI
 
 
 @pytest.mark.usefixtures("numba")
-@pytest.mark.skipif("avx2" not in getattr(torch.backends.cpu, "get_cpu_capability", str)().lower(), reason="not x86")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not x86")
 @pytest.mark.parametrize(("lanes", "name", "features"), [(8, "haswell", "+avx,+avx2,+fma"), (4, "nehalem", "+sse4.2")])
 def test_integers_of_narrower_registers(lanes: int, name: str, features: str, tmp_path: Path) -> None:
     """By instructions that every CPU of its kind has, instead of those that multiply bytes."""
@@ -263,16 +264,17 @@ def test_integers_of_narrower_registers(lanes: int, name: str, features: str, tm
 COMPILED_AHEAD = """
 from numba import njit, types
 from sdp_kernels.cpu_engine import register_tile
-product = register_tile._product
+product = register_tile.multiply_tiles
 
 @njit
-def call(vectors, tile, packed, height, columns, width, sums):
-    product(vectors, tile, packed, height, columns, width, sums)
+def call(vectors, tiles, packed, height, columns, width, sums, first, last, rows, terms, result, function):
+    product(vectors, tiles, packed, height, columns, width, sums, first, last, rows, terms, result, function)
 
-matrix, lists, index = types.Array(types.float32, 2, "C"), types.Array(types.int32, 1, "C"), types.intp
+matrix, tiles = (types.Array(types.float32, dimensions, "C") for dimensions in (2, 3))
+lists, index, flag = types.Array(types.int32, 1, "C"), types.intp, types.boolean
 for words in (types.float32, types.uint32, types.int32):
     packed = types.Array(words, 1, "C")
-    call.compile((index, matrix, packed, index, lists, index, matrix))
+    call.compile((index, tiles, packed, index, lists, index, tiles, flag, flag, matrix, matrix, matrix, index))
 code = "".join(call.inspect_asm().values())
 for instruction in ("vpdpbusd\\t%zmm", "vdpbf16ps\\t%zmm", "vfmadd231ps\\t%zmm"):
     assert code.count(instruction) >= 24, instruction
@@ -281,7 +283,7 @@ assert "%rsp), %zmm" not in code, "an accumulator left its register"
 
 
 @pytest.mark.usefixtures("numba")
-@pytest.mark.skipif("avx2" not in getattr(torch.backends.cpu, "get_cpu_capability", str)().lower(), reason="not x86")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not x86")
 def test_the_widest_instructions_compile_without_a_cpu_that_has_them(tmp_path: Path) -> None:
     wide = "+avx,+avx2,+fma,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni,+avx512bf16"
     settings = {"NUMBA_CPU_NAME": "znver4", "NUMBA_CPU_FEATURES": wide, "NUMBA_CACHE_DIR": str(tmp_path)}
