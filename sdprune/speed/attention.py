@@ -62,14 +62,14 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """Whether the engine computes this."""
     tensors = (query, key, value)
     return (
-        all(tensor.device.type == "cpu" and cpu_engine.is_compiled(tensor.dtype) for tensor in tensors)
+        not is_watched(*tensors)  # first of all: who traces this looks into the rest too
+        and all(tensor.device.type == "cpu" and cpu_engine.is_compiled(tensor.dtype) for tensor in tensors)
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
         and 0 < key.shape[2] <= MOST_KEYS
         and query.numel() > 0
         and scale > 0.0
         and (mask is None or (mask.dim() == 4 and not needs_gradient(mask)))
         and not needs_gradient(*tensors)
-        and not is_watched(*tensors)
     )
 
 

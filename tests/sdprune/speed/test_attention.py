@@ -14,7 +14,7 @@ from sdp_kernels import cpu_engine
 from sdprune.speed import attention
 from sdprune.speed.attention import NAME, blocked_attention, with_blocked_attention
 
-pytestmark = pytest.mark.usefixtures("numba")
+pytest.importorskip("numba", exc_type=ImportError)
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
 
 
