@@ -1,6 +1,11 @@
 """Attention on the compiled engine: against float64, masks of every shape, and what lies in memory around it."""
 
 import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +103,24 @@ def test_inputs_that_are_views() -> None:
     assert_as_torch(views, None, 0.25)
     across = [torch.randn(2, 4, 16, 19).transpose(2, 3) for _ in range(3)]
     assert_as_torch(across, None, 0.25)
+
+
+NARROWER_REGISTERS = """
+import sys, torch
+from sdp_kernels.cpu_engine import attention, vectors
+for queries, keys, depth, width in ((1, 1, 1, 1), (19, 33, 24, 10), (40, 7, 5, 64)):
+    query, key, value = torch.randn(2, queries, depth), torch.randn(2, keys, depth), torch.randn(2, keys, width)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
+    got = attention(query[None], key[None], value[None], None, 0.3)
+    torch.testing.assert_close(got[0], expected)
+assert vectors.LANES == int(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not x86")
+@pytest.mark.parametrize(("lanes", "name", "features"), [(8, "haswell", "+avx,+avx2,+fma"), (4, "nehalem", "+sse4.2")])
+def test_narrower_registers(lanes: int, name: str, features: str, tmp_path: Path) -> None:
+    settings = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", NARROWER_REGISTERS, str(lanes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr
