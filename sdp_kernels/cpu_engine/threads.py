@@ -1,6 +1,6 @@
 """How compiled functions are made and run: numba's cache, numba's threads, and torch's beside them."""
 
-# mypy: disable-error-code="no-untyped-call,no-any-return,import-untyped,import-not-found"
+# mypy: disable-error-code="no-untyped-call,no-any-return,import-untyped,import-not-found,attr-defined"
 
 import os
 import threading
@@ -19,7 +19,11 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 
 
 def run_on_threads(threads: int, function: Callable[..., Any], *args: Any) -> None:
-    """Call a compiled function on so many of numba's threads, and leave the counts of numba and torch as they were."""
+    """Call a compiled function on so many of numba's threads, and leave the counts of numba and torch as they were.
+
+    torch may be told to use more threads than numba was started with, which is one for each core: then on all of these.
+    """
+    threads = min(threads, numba.config.NUMBA_NUM_THREADS)
     with lock:
         threads_of_torch = torch.get_num_threads()
         before = numba.get_num_threads()

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from sdp_kernels import BlockSparseMatrix, block_sparse_linear, masked_linear, use_backend
+from sdp_kernels.block_sparse_linear import block_sparse_linear_reference
 from sdp_kernels.block_sparse_linear.launch import choose_splits
 from sdp_kernels.cpu_engine import availability
 from sdp_kernels.tiles import launch
@@ -340,6 +341,18 @@ def test_callers_on_several_threads(engine: str, place: torch.device) -> None:
     with ThreadPoolExecutor(4) as pool:
         for tokens, output in enumerate(pool.map(call, range(20))):
             assert_near(output, expected[:tokens])
+
+
+@pytest.mark.usefixtures("numba")
+def test_more_threads_than_cores() -> None:
+    input, matrix, _ = case(9, (64, 48), (32, 4))
+    torch.set_num_threads(300)
+    try:
+        for weight in (matrix, matrix.packed(), matrix.quantize()):
+            expected = block_sparse_linear_reference(input, weight)
+            torch.testing.assert_close(block_sparse_linear(input, weight, path="sparse"), expected)
+    finally:
+        torch.set_num_threads(1)
 
 
 NARROWER_REGISTERS = """

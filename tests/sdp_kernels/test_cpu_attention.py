@@ -45,7 +45,7 @@ def assert_as_torch(inputs: list[Tensor], mask: Tensor | None, scale: float) -> 
     torch.testing.assert_close(got.double(), truth, rtol=0, atol=2 * float(lost) + 1e-6)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 300])  # also more than there are cores
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape: tuple[int, ...], threads: int, nan_filled_memory: None) -> None:
     torch.set_num_threads(threads)
