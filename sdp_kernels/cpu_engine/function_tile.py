@@ -29,7 +29,6 @@ from sdp_kernels.cpu_engine.vectors import (
 COLUMNS = 2 * LANES  # that are softened together
 LEAST = -126.0  # 2 to the power of less is nothing
 # 2 to the power of x in [-1/2, 1/2], by its series: the next term is below a tenth of a rounding error
-FUNCTIONS = (None, "relu", "gelu", "gelu_tanh", "silu")  # by their numbers in compiled code
 # erf by Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26, to 1.5e-7, as torch has it in vectors too
 ERF, ERF_STEP = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429), 0.3275911
 SERIES = [math.log(2) ** power / math.factorial(power) for power in range(8)]
@@ -37,7 +36,7 @@ SERIES = [math.log(2) ** power / math.factorial(power) for power in range(8)]
 
 def emit_activation(builder, function, numbers, stride, rows, vectors):
     """Apply the activation of a number in FUNCTIONS in place to some rows of numbers, a few vectors of each."""
-    for number, formula in enumerate((_relu, _gelu, _gelu_tanh, _silu), start=1):
+    for number, formula in enumerate(FORMULAS.values(), start=1):
         with (
             builder.if_then(builder.icmp_signed("==", function, INDEX(number)), likely=False),
             cgutils.for_range(builder, INDEX(rows)) as loop,
@@ -88,6 +87,10 @@ def _sigmoid(builder, x):
     return builder.fdiv(above, builder.fadd(_constant(1.0), power))
 
 
+FORMULAS = {"relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}
+FUNCTIONS = (None, *FORMULAS)  # by their numbers in compiled code
+
+
 @intrinsic
 def soften(typing_context, scores, scale, sums):
     """scores[k] = 2 to the power of scale * (scores[k] - the largest of the column), and sums = what these add up to.
@@ -102,15 +105,15 @@ def soften(typing_context, scores, scale, sums):
         rows, scale = cgutils.unpack_tuple(builder, scores.shape)[0], spread(builder, args[1])
         for start in (0, LANES):
             top, total = (cgutils.alloca_once(builder, VECTOR) for _ in range(2))
-            builder.store(ir.Constant(VECTOR, [-math.inf] * LANES), top)
-            builder.store(ir.Constant(VECTOR, None), total)
+            builder.store(_constant(-math.inf), top)
+            builder.store(_constant(0.0), total)
             with cgutils.for_range(builder, rows) as loop:
                 place = vector_at(builder, scores.data, builder.mul(loop.index, INDEX(COLUMNS)), INDEX(start))
                 score, most = builder.load(place, align=4), builder.load(top)
                 builder.store(builder.select(builder.fcmp_ordered(">", score, most), score, most), top)
             most = builder.load(top)
-            nothing = builder.fcmp_ordered("==", most, ir.Constant(VECTOR, [-math.inf] * LANES))
-            most = builder.select(nothing, ir.Constant(VECTOR, None), most)
+            nothing = builder.fcmp_ordered("==", most, _constant(-math.inf))
+            most = builder.select(nothing, _constant(0.0), most)
             with cgutils.for_range(builder, rows) as loop:
                 place = vector_at(builder, scores.data, builder.mul(loop.index, INDEX(COLUMNS)), INDEX(start))
                 power = _power_of_two(builder, builder.fmul(scale, builder.fsub(builder.load(place, align=4), most)))
@@ -129,7 +132,7 @@ def divide(typing_context, numbers, sums):
 
     def generate(context, builder, signature, args):
         numbers, sums = (array_of(context, builder, signature, args, i) for i in range(2))
-        nothing, ones = ir.Constant(VECTOR, None), ir.Constant(VECTOR, [1.0] * LANES)
+        nothing, ones = _constant(0.0), _constant(1.0)
         factors = []
         for start in (0, LANES):
             total = builder.load(vector_at(builder, sums.data, INDEX(start)), align=4)
@@ -149,10 +152,9 @@ def _power_of_two(builder, exponents):
     """2 to the power of each, none of which is above 0."""
     whole = called(builder, f"llvm.rint.v{LANES}f32", VECTOR, exponents)
     rest = builder.fsub(exponents, whole)
-    terms = [ir.Constant(VECTOR, [term] * LANES) for term in reversed(SERIES)]
+    terms = [_constant(term) for term in reversed(SERIES)]
     power = functools.reduce(lambda total, term: multiply_floats(builder, term, total, rest), terms)
     biased = builder.add(builder.fptosi(whole, INTEGERS), ir.Constant(INTEGERS, [127] * LANES))
     scale = builder.bitcast(builder.shl(biased, ir.Constant(INTEGERS, [23] * LANES)), VECTOR)
-    least = ir.Constant(VECTOR, [LEAST] * LANES)
-    small = builder.fcmp_ordered("<", exponents, least)
-    return builder.select(small, ir.Constant(VECTOR, None), builder.fmul(power, scale))
+    small = builder.fcmp_ordered("<", exponents, _constant(LEAST))
+    return builder.select(small, _constant(0.0), builder.fmul(power, scale))
